@@ -1,0 +1,1 @@
+"""frameloom: published methods for video behind one command line and one Python API."""
