@@ -9,6 +9,7 @@ was never disturbed.
 
 import errno
 import hashlib
+import io
 import itertools
 import json
 import logging
@@ -147,6 +148,9 @@ def write(
         raise InputError(f"{clip.info.name}: no frames to write")
     tick = 1 / clip.rate if clip.info.regular else _common_tick(times)
     encoding = encoding_for(clip.info, codec, crf, preset, tick)
+    suffix = path.suffix.lower()
+    with av.open(io.BytesIO(), "w", format=CONTAINERS[suffix]) as trial:
+        _video_stream(trial, encoding, suffix)
     job = hashlib.sha256(f"{clip.source.fingerprint()}\n{encoding}\n{SEGMENT}".encode()).hexdigest()
     partial = path.with_name(path.name + ".partial")
     try:
@@ -240,18 +244,9 @@ def _encode_segment(
     temporary = target.with_suffix(".tmp")
     count = 0
     with av.open(str(temporary), "w", format="nut", options={"avoid_negative_ts": "disabled"}) as container:
-        stream = container.add_stream(encoding.encoder, rate=encoding.rate, options=dict(encoding.options))
-        stream.width, stream.height, stream.pix_fmt = encoding.width, encoding.height, encoding.pix_fmt
-        context = stream.codec_context
-        context.time_base = encoding.time_base
-        context.sample_aspect_ratio = encoding.pixel_aspect
-        context.thread_type = "AUTO"
-        colour = encoding.colour
-        context.colorspace, context.color_range = colour.matrix, 2 if colour.full_range else 1
-        context.color_primaries, context.color_trc = colour.primaries, colour.transfer
-        context.flags |= av.codec.context.Flags.global_header
+        stream = _video_stream(container, encoding)
         for frame in itertools.chain([first_frame], frames):
-            picture = tag(frame.to_native(encoding.pix_fmt, colour), colour)
+            picture = tag(frame.to_native(encoding.pix_fmt, encoding.colour), encoding.colour)
             picture.pts, picture.time_base = round(frame.time / encoding.time_base), encoding.time_base
             picture.pict_type = av.video.frame.PictureType.NONE
             container.mux(_encode(stream, picture, encoding))
@@ -260,6 +255,27 @@ def _encode_segment(
         container.mux(_encode(stream, None, encoding))
     os.replace(temporary, target)
     return count
+
+
+def _video_stream(
+    container: av.container.OutputContainer, encoding: Encoding, suffix: str = ".nut"
+) -> av.VideoStream:
+    """A video stream set up for `encoding`: to encode into, or to join what was encoded the same way."""
+    try:
+        stream = container.add_stream(encoding.encoder, rate=encoding.rate, options=dict(encoding.options))
+    except ValueError:
+        raise InputError(
+            f"{encoding.encoder} cannot live in a {suffix} file; .mkv takes every --codec"
+        ) from None
+    stream.width, stream.height, stream.pix_fmt = encoding.width, encoding.height, encoding.pix_fmt
+    context, colour = stream.codec_context, encoding.colour
+    context.time_base = encoding.time_base
+    context.sample_aspect_ratio = encoding.pixel_aspect
+    context.thread_type = "AUTO"
+    context.colorspace, context.color_range = colour.matrix, 2 if colour.full_range else 1
+    context.color_primaries, context.color_trc = colour.primaries, colour.transfer
+    context.flags |= av.codec.context.Flags.global_header
+    return stream
 
 
 def _encode(stream: av.VideoStream, picture: av.VideoFrame | None, encoding: Encoding) -> list[av.Packet]:
@@ -280,13 +296,7 @@ def _join(
     options = {"movflags": "+faststart"} if kind in ("mp4", "mov") else {}
     with ExitStack() as stack:
         output = stack.enter_context(av.open(str(target), "w", format=kind, options=options))
-        with av.open(str(segments[0])) as first:
-            template = first.streams.video[0]
-            name = template.codec_context.name
-            if name not in output.supported_codecs:
-                raise InputError(f"--codec: {name} cannot live in a {suffix} file; .mkv takes everything")
-            video = output.add_stream_from_template(template)
-            video.time_base = encoding.time_base
+        video = _video_stream(output, encoding, suffix)
         companions = iter(())
         if passthrough is not None:
             source = stack.enter_context(av.open(str(passthrough.path), metadata_errors="ignore"))
@@ -326,14 +336,17 @@ def _companions(
 ) -> Iterator[tuple[Fraction, av.Packet]]:
     """(instant, packet) of the source's sound and subtitles within `span`, on the clock of the new file."""
     copies = {}
+    lost = set()
     for stream in (*source.streams.audio, *source.streams.subtitles):
         name = stream.codec_context.name if stream.codec_context else "unknown"
         name = {"mp3float": "mp3"}.get(name, name)
         if name not in output.supported_codecs:
-            log.warning("%s (%s) cannot live in a %s file and is left out", stream.type, name, suffix)
+            lost.add(f"{stream.type} ({name})")
             continue
-        copies[stream.index] = output.add_stream_from_template(stream)
+        copies[stream.index] = output.add_stream_from_template(stream, opaque=True)
         copies[stream.index].metadata.update(stream.metadata)
+    for what in sorted(lost):
+        log.warning("%s cannot live in a %s file and is left out", what, suffix)
 
     def packets() -> Iterator[tuple[Fraction, av.Packet]]:
         if not copies:
