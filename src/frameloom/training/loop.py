@@ -140,9 +140,7 @@ def train(
                 with accelerator.autocast():
                     loss = accelerator.unwrap_model(model).loss(batch)
                 if not torch.isfinite(loss):
-                    raise InputError(
-                        f"{out}: the loss is {loss.item()} at step {step}; try a lower learning rate"
-                    )
+                    raise InputError(f"{out}: the loss is {loss.item()} at step {step}; try a lower learning rate")
                 accelerator.backward(loss)
                 norm = accelerator.clip_grad_norm_(model.parameters(), recipe.clip_norm)
                 optimiser.step()
@@ -162,9 +160,7 @@ def train(
                 progress("training", step + 1, recipe.steps)
     except KeyboardInterrupt:
         # The step that was under way may have changed some weights: the last whole state is the one on disk.
-        raise Interrupted(
-            f"{out}: stopped at step {step}; the same command goes on from the last save"
-        ) from None
+        raise Interrupted(f"{out}: stopped at step {step}; the same command goes on from the last save") from None
     finally:
         board.close()
     final = accelerator.unwrap_model(model)

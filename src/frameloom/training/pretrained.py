@@ -18,9 +18,7 @@ from frameloom.cards import card
 from frameloom.errors import InputError
 
 
-def save_pretrained(
-    model: nn.Module, method: str, folder: str | Path, dtype: torch.dtype = torch.float32
-) -> Path:
+def save_pretrained(model: nn.Module, method: str, folder: str | Path, dtype: torch.dtype = torch.float32) -> Path:
     """Write `config.json` and `model.safetensors` (parameters in `dtype`) into `folder`, each in one step."""
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
@@ -65,9 +63,7 @@ def load(method: str, weights: str | Path | None = None, *, size: str = "tiny", 
     if weights is None:
         folder = shipped(method)
         if folder is None:
-            raise InputError(
-                f"{method} ships no weights; give --weights, or make some: frameloom train {method}"
-            )
+            raise InputError(f"{method} ships no weights; give --weights, or make some: frameloom train {method}")
     elif Path(weights).is_file():
         if not hasattr(kind, "load_official"):
             raise InputError(f"--weights {weights}: {method} loads a folder or a hub id, not a single file")

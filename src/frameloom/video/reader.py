@@ -167,16 +167,12 @@ class FileSource(Source):
             first = self._first_frame(container, chosen)
             interlaced = bool(first.interlaced_frame)
             if interlaced and not deinterlace:
-                raise InputError(
-                    f"{path}: the video is interlaced; add --deinterlace to weave its fields together"
-                )
+                raise InputError(f"{path}: the video is interlaced; add --deinterlace to weave its fields together")
             self.deinterlace = interlaced
             # Degrees counter-clockwise that the decoded picture must be turned to stand upright.
             rotation = int(first.rotation) % 360
             if rotation % 90:
-                raise InputError(
-                    f"{path}: the video is rotated by {rotation} degrees; only quarter turns are handled"
-                )
+                raise InputError(f"{path}: the video is rotated by {rotation} degrees; only quarter turns are handled")
             width, height = (first.height, first.width) if rotation % 180 else (first.width, first.height)
             nominal = chosen.average_rate or chosen.guessed_rate or chosen.base_rate or Fraction(25)
             self.info = Info(
@@ -191,9 +187,7 @@ class FileSource(Source):
                 pixel_aspect=self._pixel_aspect(chosen, rotation),
             )
             self._raw_size = first.width, first.height
-            self._candidates = [
-                Fraction(r) for r in (chosen.base_rate, chosen.average_rate, chosen.guessed_rate) if r
-            ]
+            self._candidates = [Fraction(r) for r in (chosen.base_rate, chosen.average_rate, chosen.guessed_rate) if r]
             self._expected = self._announced(container, chosen)
             self._has_companions = bool(container.streams.audio or container.streams.subtitles)
         index = self._index
@@ -202,16 +196,12 @@ class FileSource(Source):
             self.passthrough = Passthrough(path, index.origin)
 
     def _choose(self, container: av.container.InputContainer) -> av.VideoStream:
-        pictures = [
-            s for s in container.streams.video if not (s.disposition & av.stream.Disposition.attached_pic)
-        ]
+        pictures = [s for s in container.streams.video if not (s.disposition & av.stream.Disposition.attached_pic)]
         if not pictures:
             what = "sound but no picture" if container.streams.audio else "no video stream"
             raise InputError(f"{self.path}: the file has {what}")
         if not 0 <= self.stream < len(pictures):
-            raise InputError(
-                f"--stream {self.stream}: {self.path} has video streams 0 to {len(pictures) - 1}"
-            )
+            raise InputError(f"--stream {self.stream}: {self.path} has video streams 0 to {len(pictures) - 1}")
         chosen = pictures[self.stream]
         if chosen.codec_context is None:
             raise InputError(f"{self.path}: its video is in a format that no decoder here knows")
@@ -231,9 +221,7 @@ class FileSource(Source):
                     damaged = True
         except (av.error.FFmpegError, ValueError, OSError, MemoryError) as error:
             raise InputError(f"{self.path}: no frame can be decoded ({_reason(error)})") from None
-        raise InputError(
-            f"{self.path}: {'no frame can be decoded; the file is damaged' if damaged else 'no frames'}"
-        )
+        raise InputError(f"{self.path}: {'no frame can be decoded; the file is damaged' if damaged else 'no frames'}")
 
     def _colour(self, frame: av.VideoFrame) -> Colour:
         try:
@@ -362,9 +350,7 @@ class FileSource(Source):
             # Some containers seek past the frame that was asked for; then only the beginning is safe.
             yield from self._numbered(first, stop, seek=False)
 
-    def _decode(
-        self, container: av.container.InputContainer, stream: av.VideoStream
-    ) -> Iterator[av.VideoFrame]:
+    def _decode(self, container: av.container.InputContainer, stream: av.VideoStream) -> Iterator[av.VideoFrame]:
         packets = container.demux(stream)
         read = 0
         while True:

@@ -83,9 +83,7 @@ def encoding_for(info: Info, codec: str, crf: int | None, preset: str | None, ti
     spec = CODECS[codec]
     if crf is not None and not spec.crf_range[0] <= crf <= spec.crf_range[1]:
         low, high = spec.crf_range
-        raise InputError(
-            f"--crf {crf}: {codec} takes {f'{low} to {high}' if high else 'no crf, it is lossless'}"
-        )
+        raise InputError(f"--crf {crf}: {codec} takes {f'{low} to {high}' if high else 'no crf, it is lossless'}")
     depth = info.colour.depth
     if depth > 8 and not spec.ten_bit:
         keepers = ", ".join(name for name, other in CODECS.items() if other.ten_bit)
@@ -102,9 +100,7 @@ def encoding_for(info: Info, codec: str, crf: int | None, preset: str | None, ti
     elif codec == "ffv1" and info.pix_fmt.removeprefix("yuvj").startswith(("yuv422p", "yuv444p")):
         pix_fmt = f"{info.pix_fmt[:7]}{suffix}"
     elif odd and codec == "av1":
-        raise InputError(
-            f"--codec av1: SVT-AV1 needs even sizes, this is {info.width}x{info.height}; use h265 or vp9"
-        )
+        raise InputError(f"--codec av1: SVT-AV1 needs even sizes, this is {info.width}x{info.height}; use h265 or vp9")
     else:
         pix_fmt = f"yuv{'444' if odd and not spec.odd_420 else '420'}p{suffix}"
     options = dict(spec.options)
@@ -171,9 +167,7 @@ def write(
         shutil.rmtree(partial)
     except KeyboardInterrupt:
         kept = len(list(partial.glob("*.nut"))) * SEGMENT
-        raise Interrupted(
-            f"{path}: stopped; {kept} frames are kept, the same command with --resume goes on"
-        ) from None
+        raise Interrupted(f"{path}: stopped; {kept} frames are kept, the same command with --resume goes on") from None
     except OSError as error:
         shutil.rmtree(partial, ignore_errors=True)
         if error.errno in (errno.ENOSPC, errno.EFBIG, errno.EDQUOT):
@@ -225,9 +219,7 @@ def _prepare(partial: Path, job: str, resume: bool) -> int:
         # but encoding it once more costs little and spares a special case.
         return max(0, len(segments) - 1)
     if partial.exists():
-        log.warning(
-            "%s: unfinished work of an earlier run is thrown away (--resume would go on with it)", partial
-        )
+        log.warning("%s: unfinished work of an earlier run is thrown away (--resume would go on with it)", partial)
         shutil.rmtree(partial)
     partial.mkdir()
     note.write_text(json.dumps({"job": job}))
@@ -257,16 +249,12 @@ def _encode_segment(
     return count
 
 
-def _video_stream(
-    container: av.container.OutputContainer, encoding: Encoding, suffix: str = ".nut"
-) -> av.VideoStream:
+def _video_stream(container: av.container.OutputContainer, encoding: Encoding, suffix: str = ".nut") -> av.VideoStream:
     """A video stream set up for `encoding`: to encode into, or to join what was encoded the same way."""
     try:
         stream = container.add_stream(encoding.encoder, rate=encoding.rate, options=dict(encoding.options))
     except ValueError:
-        raise InputError(
-            f"{encoding.encoder} cannot live in a {suffix} file; .mkv takes every --codec"
-        ) from None
+        raise InputError(f"{encoding.encoder} cannot live in a {suffix} file; .mkv takes every --codec") from None
     stream.width, stream.height, stream.pix_fmt = encoding.width, encoding.height, encoding.pix_fmt
     context, colour = stream.codec_context, encoding.colour
     context.time_base = encoding.time_base
@@ -288,9 +276,7 @@ def _encode(stream: av.VideoStream, picture: av.VideoFrame | None, encoding: Enc
         ) from None
 
 
-def _join(
-    segments: list[Path], target: Path, suffix: str, encoding: Encoding, passthrough: Passthrough | None
-) -> None:
+def _join(segments: list[Path], target: Path, suffix: str, encoding: Encoding, passthrough: Passthrough | None) -> None:
     """Join the segments into the final container, interleaving the packets of sound and subtitles by time."""
     kind = CONTAINERS[suffix.lower()]
     options = {"movflags": "+faststart"} if kind in ("mp4", "mov") else {}
@@ -305,9 +291,7 @@ def _join(
         # NUT keeps when a frame is shown, not when it must be decoded. Decoding order is display order brought
         # forward by the deepest reordering that occurs, so that no frame is decoded after it is shown.
         shown = [_stamps(segment, encoding.time_base) for segment in segments]
-        delay = max(
-            early - stamp for piece in shown for early, stamp in zip(sorted(piece), piece, strict=True)
-        )
+        delay = max(early - stamp for piece in shown for early, stamp in zip(sorted(piece), piece, strict=True))
         for segment, stamps in zip(segments, shown, strict=True):
             with av.open(str(segment)) as piece:
                 packets = (packet for packet in piece.demux(video=0) if packet.size)
