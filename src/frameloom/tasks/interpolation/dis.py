@@ -4,6 +4,7 @@ A picture at phase t is the weighted mean of eight warps: each of the two frames
 (forward and backward, estimated at the picture's own size and at twice that). The errors of the flows are nearly
 independent, so the mean is better than the best of them; cubic sampling keeps what bilinear would blur away; and
 where the two frames disagree by more than the local contrast explains, a slight blur costs less than a wrong edge.
+Where the flow is shorter than its own error the recorded pixels are simply averaged.
 
 Flow: Kroeger et al., Fast Optical Flow using Dense Inverse Search, ECCV 2016 (see `frameloom.motion.dis`).
 """
@@ -15,6 +16,9 @@ from jaxtyping import Float
 from torch import Tensor
 
 from frameloom.motion.dis import dis_flow, grey_bytes, remap
+
+# Pixels of motion up to which a flow is more error than motion; from here to twice this the warps fade in.
+STILL = 0.5
 
 
 class DIS:
@@ -45,7 +49,10 @@ def synthesise(
     for forward, backward in flows:
         warped0 += share * (remap(picture0, forward, -t) + remap(picture0, backward, t))
         warped1 += share * (remap(picture1, forward, 1 - t) + remap(picture1, backward, t - 1))
-    return _soften((1 - t) * warped0 + t * warped1, np.abs(warped0 - warped1).mean(-1))
+    moved = _soften((1 - t) * warped0 + t * warped1, np.abs(warped0 - warped1).mean(-1))
+    still = (1 - t) * picture0 + t * picture1
+    length = sum(np.linalg.norm(flow, axis=-1) for pair in flows for flow in pair) * share
+    return still + np.clip(cv2.blur(length, (9, 9)) / STILL - 1, 0, 1)[..., None] * (moved - still)
 
 
 def _soften(picture: np.ndarray, gap: np.ndarray) -> np.ndarray:
