@@ -20,7 +20,7 @@ import cv2
 import numpy as np
 import torch
 
-from frameloom.motion.dis import dis_flow, grey_bytes, remap
+from frameloom.motion.dis import dis_flow, grey_pixels, remap
 from frameloom.tasks.interpolation import interpolate
 from frameloom.video.clip import Clip
 from frameloom.video.reader import read
@@ -30,7 +30,7 @@ class PlainDIS:
     """One bilinear warp of each frame by DIS flow at the picture's own size, averaged."""
 
     def between(self, frame0, frame1):
-        first, second = grey_bytes(frame0), grey_bytes(frame1)
+        first, second = grey_pixels(frame0), grey_pixels(frame1)
         forward, backward = dis_flow(first, second), dis_flow(second, first)
         pictures = [np.ascontiguousarray(x.permute(1, 2, 0).numpy()) for x in (frame0, frame1)]
 

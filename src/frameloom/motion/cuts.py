@@ -7,7 +7,7 @@ import numpy as np
 from jaxtyping import Float
 from torch import Tensor
 
-from frameloom.motion.dis import dis_flow, remap
+from frameloom.motion.dis import dis_flow, pixels, remap
 
 # A cut changes what is in the picture AND leaves nothing to track. Each detector alone fails: a flash changes
 # the histogram and tracks well; a fast pan tracks badly and keeps its histogram.
@@ -41,9 +41,9 @@ class Change:
 
 def change(first: Float[Tensor, "3 h w"], second: Float[Tensor, "3 h w"]) -> Change:
     """Compare two pictures at thumbnail size (160 pixels wide), a few milliseconds whatever their own size."""
-    pixels = [_bytes(picture) for picture in (first, second)]
-    difference = _largest_block(cv2.absdiff(*pixels)) / 255
-    small = [_thumbnail(picture) for picture in pixels]
+    full = [pixels(picture) for picture in (first, second)]
+    difference = _largest_block(cv2.absdiff(*full)) / 255
+    small = [_thumbnail(picture) for picture in full]
     histograms = [
         cv2.calcHist([picture], [0, 1, 2], None, [8, 8, 8], [0, 256] * 3).ravel() / (picture.size / 3)
         for picture in small
@@ -61,18 +61,14 @@ def change(first: Float[Tensor, "3 h w"], second: Float[Tensor, "3 h w"]) -> Cha
     return Change(histogram, float(lost.mean()), difference)
 
 
-def _bytes(picture: Tensor) -> np.ndarray:
-    return (picture.detach().cpu() * 255).round().clamp(0, 255).byte().permute(1, 2, 0).contiguous().numpy()
-
-
 def _largest_block(difference: np.ndarray) -> float:
     height, width = difference.shape[:2]
     blocks = cv2.resize(difference, (max(1, width // 4), max(1, height // 4)), interpolation=cv2.INTER_AREA)
     return float(blocks.max())
 
 
-def _thumbnail(pixels: np.ndarray) -> np.ndarray:
-    height, width = pixels.shape[:2]
+def _thumbnail(picture: np.ndarray) -> np.ndarray:
+    height, width = picture.shape[:2]
     if width <= 160:
-        return pixels
-    return cv2.resize(pixels, (160, max(16, round(height * 160 / width))), interpolation=cv2.INTER_AREA)
+        return picture
+    return cv2.resize(picture, (160, max(16, round(height * 160 / width))), interpolation=cv2.INTER_AREA)

@@ -5,15 +5,18 @@ Kroeger, Timofte, Dai, Van Gool. Fast Optical Flow using Dense Inverse Search. E
 
 import cv2
 import numpy as np
-import torch
 from jaxtyping import Float
 from torch import Tensor
 
 
-def grey_bytes(frame: Float[Tensor, "3 h w"]) -> np.ndarray:
+def pixels(frame: Float[Tensor, "3 h w"]) -> np.ndarray:
+    """An RGB picture in [0, 1] as uint8 `(h, w, 3)`, the form in which OpenCV takes pictures."""
+    return np.rint(frame.detach().cpu().permute(1, 2, 0).numpy() * 255).clip(0, 255).astype(np.uint8)
+
+
+def grey_pixels(frame: Float[Tensor, "3 h w"]) -> np.ndarray:
     """Luma of an RGB picture as uint8 `(h, w)`, the form in which OpenCV's trackers take pictures."""
-    weights = torch.tensor([0.299, 0.587, 0.114]).view(3, 1, 1)
-    return (frame.float().cpu() * weights).sum(0).mul(255).round().clamp(0, 255).byte().numpy()
+    return cv2.cvtColor(pixels(frame), cv2.COLOR_RGB2GRAY)
 
 
 def dis_flow(

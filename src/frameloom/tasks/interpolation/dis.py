@@ -15,7 +15,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from frameloom.motion.dis import dis_flow, grey_bytes, remap
+from frameloom.motion.dis import dis_flow, grey_pixels, remap
 
 # Pixels of motion up to which a flow is more error than motion; from here to twice this the warps fade in.
 STILL = 0.5
@@ -29,7 +29,7 @@ class DIS:
 
     def between(self, frame0: Float[Tensor, "3 h w"], frame1: Float[Tensor, "3 h w"]):
         """The function t -> picture `(3, h, w)`; the flows are estimated once, here."""
-        first, second = grey_bytes(frame0), grey_bytes(frame1)
+        first, second = grey_pixels(frame0), grey_pixels(frame1)
         flows = [(dis_flow(first, second, scale=scale), dis_flow(second, first, scale=scale)) for scale in (1, 2)]
         picture0, picture1 = (np.ascontiguousarray(x.cpu().permute(1, 2, 0).numpy()) for x in (frame0, frame1))
 
