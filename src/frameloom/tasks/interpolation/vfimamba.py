@@ -491,10 +491,9 @@ class VFIMamba(nn.Module):
 
 
 def _is_layer(key: str, level: int) -> bool:
-    """Whether `key` is the weight of a convolution, or of a block's first norm, of that level."""
-    if level < 3:
-        return key.startswith(f"feature_bone.block{level}.conv.") and key.endswith(".weight")
-    return key.startswith(f"feature_bone.block{level}.blocks.") and key.endswith(".ln_1.weight")
+    """Whether `key` is the bias of a convolution, or of a block's first norm, of that level."""
+    inside, last = ("conv", ".bias") if level < 3 else ("blocks", ".ln_1.bias")
+    return key.startswith(f"feature_bone.block{level}.{inside}.") and key.endswith(last)
 
 
 def _read(path: Path) -> dict[str, Tensor]:
