@@ -190,11 +190,15 @@ def test_a_few_steps_of_training_lower_the_loss():
 
 
 def test_loss_is_float32_under_autocast(tiny):
-    batch = {"pair": pairs(1, 2, 3, 64, 64), "middle": pairs(1, 3, 64, 64, seed=1), "t": torch.full((1,), 0.5)}
+    batch = {
+        "pair": pairs(1, 2, 3, 64, 64),
+        "middle": pairs(1, 3, 64, 64, seed=1),
+        "t": torch.full((1,), 0.5),
+    }
     with torch.autocast("cpu", torch.bfloat16):
         loss = tiny.loss(batch)
     assert loss.dtype == torch.float32
-    assert loss == pytest.approx(tiny.loss(batch).item(), rel=0.05)
+    assert loss.item() == pytest.approx(tiny.loss(batch).item(), rel=0.05)
 
 
 def published(model):

@@ -14,14 +14,14 @@ def _binomial(like: Tensor) -> Tensor:
 def laplacian_pyramid(image: Float[Tensor, "b c h w"], levels: int = 5) -> list[Tensor]:
     """`levels` band-pass pictures, each half the size of the one before, then the low-pass rest.
 
-    Binomial 5x5 filter, reflected borders; the sum of all levels, each brought up to full size by the same filter,
-    is the picture again. The shorter side must be at least 2**(levels+1).
+    Binomial 5x5 filter, reflected borders; every level but the rest is a picture less its own smaller copy,
+    brought up by the same filter. The shorter side must be at least 2**(levels+1).
     """
     kernel = _binomial(image)
     bands = []
     for _ in range(levels):
         low = F.conv2d(F.pad(image, (2, 2, 2, 2), mode="reflect"), kernel, stride=2, groups=image.shape[1])
-        # Zeros between the pixels and four times the filter's gain; one replicated pixel keeps the borders full.
+        # Zeros between the pixels, four times the gain; one replicated pixel keeps the borders full.
         wide = F.conv_transpose2d(
             F.pad(low, (1, 1, 1, 1), mode="replicate"), 4 * kernel, stride=2, groups=image.shape[1]
         )
@@ -35,7 +35,8 @@ def laplacian_loss(
 ) -> Float[Tensor, ""]:
     """Sum over the levels of the mean absolute difference of two Laplacian pyramids, in float32.
 
-    Source: P. Bojanowski et al., "Optimizing the Latent Space of Generative Networks", ICML 2018, arXiv 1707.05776.
+    Source: P. Bojanowski et al., "Optimizing the Latent Space of Generative Networks", ICML 2018,
+    arXiv 1707.05776.
     """
     with torch.autocast(estimate.device.type, enabled=False):
         # The pyramid is linear: one pyramid of the difference is the difference of the pyramids.

@@ -4,12 +4,12 @@ For every channel d, state n and token l
 
     h[l] = exp(dt[l] A) h[l-1] + dt[l] B[l] x[l],    y[l] = C[l] . h[l] + D x[l]
 
-with A < 0, so that every factor exp(dt A) lies in (0, 1]. Only these factors and products of neighbouring ones
-are formed, never their inverses: a decay that underflows is a forgotten past, nothing can overflow.
+with A < 0, so that every factor exp(dt A) lies in (0, 1]. Only these factors and products of neighbouring
+ones are formed, never their inverses: a decay that underflows is a forgotten past, nothing can overflow.
 
 The sequence is cut into chunks whose states fit a cache; the last state of a chunk is carried into the next.
-Backward keeps the carried states alone and computes each chunk again, so that memory grows with the tokens and
-not with tokens times states.
+Backward keeps the carried states alone and computes each chunk again, so that memory grows with the tokens
+and not with tokens times states.
 
 Source: A. Gu, T. Dao, "Mamba: Linear-Time Sequence Modeling with Selective State Spaces", arXiv 2312.00752.
 """
@@ -28,7 +28,7 @@ def scan_macs(tokens: int, channels: int, states: int) -> int:
 
 
 def attention_macs(tokens: int, channels: int) -> int:
-    """Multiply-accumulates of full attention over the same tokens: scores and their product with the values."""
+    """Multiply-accumulates of full attention over the same tokens: scores, and their product with values."""
     return 2 * tokens * tokens * channels
 
 
@@ -40,8 +40,8 @@ def recurrence(
 ) -> Float[Tensor, "l *rest"]:
     """All states of h[l] = decay[l] h[l-1] + drive[l] with h[-1] = `state`.
 
-    `parallel` doubles the span of each state log2(l) times (Kogge-Stone): more work and few launches, right for
-    a GPU. Otherwise token after token, in place in `drive`: the least work, right for a CPU.
+    `parallel` doubles the span of each state log2(l) times (Kogge-Stone): more work and few launches, right
+    for a GPU. Otherwise token after token, in place in `drive`: the least work, right for a CPU.
     """
     if not parallel:
         for step in range(len(drive)):

@@ -30,9 +30,7 @@ def backward_warp(
     x, y = _targets(flow)
     valid = (x >= 0) & (x <= width - 1) & (y >= 0) & (y <= height - 1)
     grid = torch.stack([x * (2 / max(width - 1, 1)) - 1, y * (2 / max(height - 1, 1)) - 1], dim=-1)
-    warped = F.grid_sample(
-        image.to(grid.dtype), grid, mode=mode, padding_mode=padding, align_corners=True
-    )
+    warped = F.grid_sample(image.to(grid.dtype), grid, mode=mode, padding_mode=padding, align_corners=True)
     return warped.to(image.dtype), valid[:, None]
 
 
@@ -42,13 +40,14 @@ def forward_splat(
     mode: Literal["sum", "average", "linear", "softmax"] = "average",
     importance: Float[Tensor, "b 1 h w"] | None = None,
 ) -> tuple[Float[Tensor, "b c h w"], Float[Tensor, "b 1 h w"]]:
-    """Every pixel of `image` deposited on the four pixels around its place plus `flow`, and the weight received.
+    """Every pixel of `image` deposited on the four pixels around its place plus `flow`; the weight received.
 
     `sum` adds up and conserves mass inside the frame; the others divide by the weight received: `average` by
     bilinear weight, `linear` by weight times `importance` (>= 0), `softmax` by weight times exp(importance).
     Uncovered pixels are 0 with weight 0. Differentiable in image, flow and importance.
 
-    Source: S. Niklaus, F. Liu, "Softmax Splatting for Video Frame Interpolation", CVPR 2020, arXiv 2003.05534.
+    Source: S. Niklaus, F. Liu, "Softmax Splatting for Video Frame Interpolation", CVPR 2020,
+    arXiv 2003.05534.
     """
     batch, channels, height, width = image.shape
     if mode in ("linear", "softmax"):

@@ -1,20 +1,21 @@
 """VFIMamba: the frame between two frames, with a selective scan over both at once.
 
-For raising a frame rate when motion is large. A convolutional pyramid describes each frame; at its two coarsest
-levels the pixels of both frames are *interleaved* into one sequence (pixel p of frame 0, pixel p of frame 1,
-pixel p+1 of frame 0, ...) and four selective scans (rows, columns, and both backwards) let every pixel meet its
-counterpart and all the others at linear cost. Two heads and the local blocks turn that into flows from time t to
-both frames and a blending mask m, a U-Net adds what no flow explains:
+For raising a frame rate when motion is large. A convolutional pyramid describes each frame; at its two
+coarsest levels the pixels of both frames are *interleaved* into one sequence (pixel p of frame 0, pixel p of
+frame 1, pixel p+1 of frame 0, ...) and four selective scans (rows, columns, and both backwards) let every
+pixel meet its counterpart and all the others at linear cost. Two heads and the local blocks turn that into
+flows from time t to both frames and a blending mask m, a U-Net adds what no flow explains:
 
     frame(t) = s(m) warp(frame 0, flow t->0) + (1 - s(m)) warp(frame 1, flow t->1) + residual,   s = sigmoid
 
-Guozhen Zhang, Chunxu Liu, Yutao Cui, Xiaotong Zhao, Kai Ma, Limin Wang, "VFIMamba: Video Frame Interpolation with
-State Space Models", NeurIPS 2024, arXiv 2407.02315.
+Guozhen Zhang, Chunxu Liu, Yutao Cui, Xiaotong Zhao, Kai Ma, Limin Wang, "VFIMamba: Video Frame Interpolation
+with State Space Models", NeurIPS 2024, arXiv 2407.02315.
 """
 
 import math
 import pickle
-from dataclasses import dataclass, replace
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, NamedTuple, Self
 
@@ -27,7 +28,9 @@ from torch import Tensor, nn
 from frameloom.errors import InputError
 from frameloom.layers.losses import laplacian_loss
 from frameloom.layers.selective_scan import scan_macs, selective_scan
+from frameloom.layers.synthesis import ConvBlock, LocalBlock, Refinement, conv_prelu, resize
 from frameloom.motion.warp import backward_warp
+from frameloom.training.recipe import Recipe
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,9 +38,9 @@ class Config:
     """Sizes of a VFIMamba. Level i of the pyramid has `width` * 2**i channels at stride 2**i.
 
     `depths`: convolutions (levels 0 to 2) and Mixed-SSM blocks (levels 3, 4). `states`: N of the scan.
-    `merge`: how two frames become one sequence. `unmerge`: `exact` puts every token of the column scans back in
-    its place; `released` repeats the axis mix-up that the published weights were trained with. `fixed_t`: trained
-    for the middle only, other times take recursion.
+    `merge`: how two frames become one sequence. `unmerge`: `exact` puts every token of the column scans back
+    in its place; `released` repeats the axis mix-up that the published weights were trained with. `fixed_t`:
+    trained for the middle only, other times take recursion.
     """
 
     width: int
@@ -56,27 +59,49 @@ PRESETS = {
 }
 
 
-def _conv(inputs: int, outputs: int, stride: int = 1) -> nn.Sequential:
-    return nn.Sequential(nn.Conv2d(inputs, outputs, 3, stride, 1), nn.PReLU(outputs))
+RECIPES = {
+    "tiny": Recipe(steps=6000, batch_size=8, lr=1e-3, final_lr=2e-5, weight_decay=1e-4, ema=0.998,
+                   bf16=True, channels_last=True),
+    # The paper's rates and batch; 300 passes over the 51,312 triplets of Vimeo-90K.
+    "small": Recipe(steps=481_000, batch_size=32, lr=2e-4, final_lr=2e-5, warmup=2000, weight_decay=1e-4,
+                    bf16=True, channels_last=True),
+}  # fmt: skip
+RECIPES["paper"] = RECIPES["small"]
+CROPS = {"tiny": 96, "small": 256, "paper": 256}
 
 
-def _resize(x: Tensor, factor: float) -> Tensor:
-    if factor == 1:
-        return x
-    size = [round(side * factor) for side in x.shape[-2:]]
-    return F.interpolate(x, size=size, mode="bilinear", align_corners=False)
+@dataclass(frozen=True, kw_only=True)
+class Curriculum:
+    """Motion that grows with training: the largest speed, in pixels between the two given frames.
+
+    From `start` to `end` over the first `ramp` of the run, geometrically; equal ends make it uniform.
+    """
+
+    start: float = 4.0
+    end: float = 16.0
+    ramp: float = 0.6
+
+    def motion(self, progress: float) -> float:
+        """The largest speed at `progress` in [0, 1]."""
+        return self.start * (self.end / self.start) ** min(1.0, progress / self.ramp)
 
 
-class ConvBlock(nn.Module):
-    """`depth` 3x3 convolutions, each with a PReLU."""
+class Triplets:
+    """Endless triplets of the synthetic world: two frames and the true one halfway between."""
 
-    def __init__(self, inputs: int, outputs: int, depth: int):
-        super().__init__()
-        sizes = [inputs] + [outputs] * depth
-        self.conv = nn.Sequential(*(layer for i in range(depth) for layer in _conv(sizes[i], sizes[i + 1])))
+    def __init__(self, crop: int, seed: int, curriculum: Curriculum):
+        self.crop, self.seed, self.curriculum = crop, seed, curriculum
 
-    def forward(self, x: Float[Tensor, "b c h w"]) -> Float[Tensor, "b d h w"]:
-        return self.conv(x)
+    def batch(self, indices: list[int], progress: float) -> dict[str, Tensor]:
+        """`pair` (b, 2, 3, h, w), `middle` (b, 3, h, w), `t` (b,)."""
+        from frameloom.world.world import World
+
+        # Rendered at twice the size: an aliased middle frame is sharper than any warp of its neighbours.
+        speed = self.curriculum.motion(progress) / 2
+        seeds = [(self.seed << 32) + index for index in indices]
+        world = World("motion", seeds, frames=3, motion=speed, size=self.crop)
+        rgb = world.render(self.crop, self.crop, supersample=2)["rgb"].clone()
+        return {"pair": rgb[:, ::2], "middle": rgb[:, 1], "t": torch.full((len(rgb),), 0.5)}
 
 
 class PatchEmbed(nn.Module):
@@ -157,7 +182,7 @@ class FramePairScan(nn.Module):
         forward, backward = y[:, :, :2], y[:, :, 2:].flip(0)
         rows, columns = (forward + backward).unbind(2)
         if self.config.unmerge == "released":
-            # The frame axis is the fastest one here, yet the published code untransposes as if it were the slowest.
+            # The frame axis runs fastest here, yet the published code treats it as if it ran slowest.
             columns = rearrange(columns, "(f w h) b d -> (f h w) b d", f=2, h=height)
         elif self.config.merge == "interleaved":
             columns = rearrange(columns, "(w h f) b d -> (h w f) b d", f=2, h=height)
@@ -184,7 +209,7 @@ class FramePairScan(nn.Module):
 
 
 class MixedSSM(nn.Module):
-    """The scan for what is far, convolution and channel attention for what is near, each around a scaled skip."""
+    """The scan for what is far, convolution and channel attention for what is near, beside scaled skips."""
 
     def __init__(self, channels: int, config: Config):
         super().__init__()
@@ -223,7 +248,7 @@ class FeaturePyramid(nn.Module):
         widths = [config.width * 2**level for level in range(5)]
         self.block0 = ConvBlock(3, widths[0], config.depths[0])
         for level in (1, 2):
-            setattr(self, f"patch_embed{level}", _conv(widths[level - 1], widths[level], stride=2))
+            setattr(self, f"patch_embed{level}", conv_prelu(widths[level - 1], widths[level], stride=2))
             setattr(self, f"block{level}", ConvBlock(widths[level], widths[level], config.depths[level]))
         for level in (3, 4):
             setattr(self, f"patch_embed{level}", PatchEmbed(widths[level - 1], widths[level]))
@@ -245,7 +270,7 @@ class FlowHead(nn.Module):
         self.scale = scale
         self.upsample = nn.PixelShuffle(4)
         self.conv = nn.Sequential(
-            _conv(channels * 2 // 16 + extra, hidden), _conv(hidden, hidden), _conv(hidden, 5)
+            conv_prelu(channels * 2 // 16 + extra, hidden), conv_prelu(hidden, hidden), conv_prelu(hidden, 5)
         )
 
     def forward(
@@ -253,70 +278,15 @@ class FlowHead(nn.Module):
     ) -> tuple[Float[Tensor, "b 4 h w"], Float[Tensor, "b 1 h w"]]:
         """`images` and the flow so far at full size; the updates are at full size and in its pixels."""
         factor = 4 / self.scale
-        inputs = [self.upsample(features), _resize(images, factor)]
+        inputs = [self.upsample(features), resize(images, factor)]
         if flow is not None:
-            inputs.append(_resize(flow, factor) * factor)
-        update = _resize(self.conv(torch.cat(inputs, 1)), 1 / factor)
+            inputs.append(resize(flow, factor) * factor)
+        update = resize(self.conv(torch.cat(inputs, 1)), 1 / factor)
         return update[:, :4] / factor, update[:, 4:]
 
 
-class LocalBlock(nn.Module):
-    """Flow and mask updates from the images and their warps alone (an IFBlock, at 1/`scale` of the full size)."""
-
-    def __init__(self, hidden: int, scale: int):
-        super().__init__()
-        self.scale = scale
-        self.conv0 = nn.Sequential(_conv(17, hidden // 2, 2), _conv(hidden // 2, hidden, 2))
-        self.convblock = nn.Sequential(*(_conv(hidden, hidden) for _ in range(8)))
-        self.lastconv = nn.ConvTranspose2d(hidden, 5, 4, 2, 1)
-
-    def forward(
-        self, images: Float[Tensor, "b 13 h w"], flow: Float[Tensor, "b 4 h w"]
-    ) -> tuple[Float[Tensor, "b 4 h w"], Float[Tensor, "b 1 h w"]]:
-        small = torch.cat([_resize(images, 1 / self.scale), _resize(flow, 1 / self.scale) / self.scale], 1)
-        hidden = self.conv0(small)
-        update = _resize(self.lastconv(self.convblock(hidden) + hidden), 2 * self.scale)
-        return update[:, :4] * (2 * self.scale), update[:, 4:]
-
-
-class DoubleConv(nn.Module):
-    """A 3x3 convolution of stride 2 and one of stride 1."""
-
-    def __init__(self, inputs: int, outputs: int):
-        super().__init__()
-        self.conv1, self.conv2 = _conv(inputs, outputs, 2), _conv(outputs, outputs)
-
-    def forward(self, x: Float[Tensor, "b c h w"]) -> Float[Tensor, "b d h2 w2"]:
-        return self.conv2(self.conv1(x))
-
-
-class Refinement(nn.Module):
-    """U-Net from images, warps, mask, flow and warped features to a residual in [-1, 1]."""
-
-    def __init__(self, c: int):
-        super().__init__()
-        self.down0, self.down1 = DoubleConv(17 + c, 2 * c), DoubleConv(4 * c, 4 * c)
-        self.down2, self.down3 = DoubleConv(8 * c, 8 * c), DoubleConv(16 * c, 16 * c)
-        for level, (inputs, outputs) in enumerate([(32, 8), (16, 4), (8, 2), (4, 1)]):
-            deconv = nn.ConvTranspose2d(inputs * c, outputs * c, 4, 2, 1)
-            setattr(self, f"up{level}", nn.Sequential(deconv, nn.PReLU(outputs * c)))
-        self.conv = nn.Conv2d(c, 3, 3, 1, 1)
-
-    def forward(self, images: Float[Tensor, "b 17 h w"], features: list[Tensor]) -> Float[Tensor, "b 3 h w"]:
-        """`features`: five levels, those of frame 0 before those of frame 1 in the channels."""
-        s0 = self.down0(torch.cat([images, features[0]], 1))
-        s1 = self.down1(torch.cat([s0, features[1]], 1))
-        s2 = self.down2(torch.cat([s1, features[2]], 1))
-        s3 = self.down3(torch.cat([s2, features[3]], 1))
-        x = self.up0(torch.cat([s3, features[4]], 1))
-        x = self.up1(torch.cat([x, s2], 1))
-        x = self.up2(torch.cat([x, s1], 1))
-        x = self.up3(torch.cat([x, s0], 1))
-        return torch.sigmoid(self.conv(x)) * 2 - 1
-
-
 class Synthesis(NamedTuple):
-    """What one forward pass makes: the frame, flows t->0 and t->1, mask logit, and each stage's merged warps."""
+    """The frame, the flows t->0 and t->1, the mask logit, and the merged warps of every stage."""
 
     frame: Float[Tensor, "b 3 h w"]
     flow: Float[Tensor, "b 4 h w"]
@@ -325,13 +295,15 @@ class Synthesis(NamedTuple):
 
 
 def _both(pair: Tensor, flow: Tensor) -> Tensor:
-    """Frames (2b c h w), or features, warped by their halves of the flow; frame 0 before frame 1 in the channels."""
+    """Frames or features (2b c h w) warped by their halves of the flow; frame 0 first in the channels."""
     warped, _ = backward_warp(pair, torch.cat(flow.chunk(2, dim=1)))
     return torch.cat(warped.chunk(2), dim=1)
 
 
 class VFIMamba(nn.Module):
-    """The network; `at` is what the interpolation driver calls. Submodule names are those of the published weights."""
+    """The network. Submodules have the names that they have in the published weights."""
+
+    tile = None
 
     def __init__(self, config: Config):
         super().__init__()
@@ -362,9 +334,30 @@ class VFIMamba(nn.Module):
             raise InputError(f"--size {size}: no such size of vfimamba; there are {', '.join(PRESETS)}")
         return PRESETS[size]
 
+    @classmethod
+    def recipe(cls, size: str) -> Recipe:
+        """How a size is trained; `tiny` takes about an hour of two cores."""
+        cls.preset(size)
+        return RECIPES[size]
+
+    @classmethod
+    def dataset(cls, source: str, size: str, seed: int) -> Triplets:
+        """Triplets of `source` (`world`) at the crop of `size`, with motion that grows over the run."""
+        cls.preset(size)
+        if source != "world":
+            raise InputError(f"--data {source}: vfimamba trains on world; give --data world")
+        return Triplets(CROPS[size], seed, Curriculum(start=CROPS[size] / 24, end=CROPS[size] / 6))
+
     @property
     def fixed_t(self) -> bool:
+        """Whether the network knows the middle only, so that other times take recursion."""
         return self.config.fixed_t
+
+    def between(
+        self, frame0: Float[Tensor, "3 h w"], frame1: Float[Tensor, "3 h w"]
+    ) -> Callable[[float], Float[Tensor, "3 h w"]]:
+        """The function t -> picture of two pictures."""
+        return lambda t: self.at(frame0, frame1, t)
 
     def forward(
         self, pair: Float[Tensor, "b 2 3 h w"], t: float | Float[Tensor, " b"] = 0.5, scale: float = 1.0
@@ -374,12 +367,12 @@ class VFIMamba(nn.Module):
         For 2K frames 0.5 and for 4K frames 0.25 find larger motion and cost less.
         """
         frames = rearrange(pair, "b f c h w -> (f b) c h w")
-        seen = _resize(frames, scale)
+        seen = resize(frames, scale)
         features = self.feature_bone(seen)
         flow, mask, stages = self._coarse(seen, features, t)
         if scale != 1:
             features = self.feature_bone(frames)
-            flow, mask = _resize(flow, 1 / scale) / scale, _resize(mask, 1 / scale)
+            flow, mask = resize(flow, 1 / scale) / scale, resize(mask, 1 / scale)
 
         images = torch.cat(frames.chunk(2), dim=1)
         warps = _both(frames, flow)
@@ -392,7 +385,7 @@ class VFIMamba(nn.Module):
         warped, shrunk = [], flow
         for level in features:
             warped.append(_both(level, shrunk))
-            shrunk = _resize(shrunk, 0.5) / 2
+            shrunk = resize(shrunk, 0.5) / 2
         residual = self.unet(torch.cat([images, warps, mask, flow], 1), warped)
         frame = (self._merge(warps, mask) + residual).clamp(0, 1)
         return Synthesis(frame, flow, mask, stages)
@@ -471,7 +464,7 @@ class VFIMamba(nn.Module):
             )
         except (KeyError, IndexError) as error:
             raise InputError(
-                f"{path}: not a VFIMamba checkpoint, it has no {error}; VFIMamba.pkl or VFIMamba_S.pkl would do"
+                f"{path}: not a VFIMamba checkpoint, it has no {error}; VFIMamba.pkl would be one"
             ) from None
         model = cls(config)
         own = model.state_dict()
@@ -484,7 +477,7 @@ class VFIMamba(nn.Module):
             if keys:
                 raise InputError(
                     f"{path}: does not fit VFIMamba with {config.width} channels: it {what} {min(keys)}"
-                    f"{f' and {len(keys) - 1} more' if len(keys) > 1 else ''}; a published checkpoint would fit"
+                    f"{f' and {len(keys) - 1} more' if len(keys) > 1 else ''}; a published one would fit"
                 )
         model.load_state_dict(state)
         return model.eval()
@@ -503,9 +496,9 @@ def _read(path: Path) -> dict[str, Tensor]:
         raise InputError(f"{path}: no such file; give the path of a published checkpoint") from None
     except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError) as error:
         reason = str(error).partition("\n")[0]
-        raise InputError(f"{path}: not a file of tensors ({reason}); a PyTorch checkpoint would be right") from None
+        raise InputError(f"{path}: not a file of tensors ({reason}); give a PyTorch checkpoint") from None
     if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
-        raise InputError(f"{path}: holds no flat table of tensors; a published VFIMamba checkpoint would be right")
+        raise InputError(f"{path}: holds no flat table of tensors; give a published checkpoint")
     return {
         key.removeprefix("module."): value
         for key, value in state.items()
