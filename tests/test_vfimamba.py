@@ -8,7 +8,7 @@ import torch.nn.functional as F
 
 from frameloom.cards import card
 from frameloom.errors import InputError
-from frameloom.tasks.interpolation.vfimamba import PRESETS, FramePairScan, VFIMamba, _both
+from frameloom.tasks.interpolation.vfimamba import PRESETS, Curriculum, FramePairScan, VFIMamba, _both
 
 
 @pytest.fixture(scope="module")
@@ -257,3 +257,32 @@ def test_missing_checkpoint_and_unknown_size_are_refused(tmp_path):
         VFIMamba.load_official(tmp_path / "none.pkl")
     with pytest.raises(InputError, match="there are tiny, small, paper"):
         VFIMamba.preset("huge")
+
+
+def test_curriculum_raises_motion_to_its_end():
+    course = Curriculum(start=4.0, end=16.0, ramp=0.5)
+    assert [course.motion(p) for p in (0.0, 0.25, 0.5, 1.0)] == pytest.approx([4, 8, 16, 16])
+
+
+def test_recipes_exist_for_every_size_and_other_data_is_refused():
+    assert {VFIMamba.recipe(size).final_lr for size in PRESETS} == {2e-5}
+    with pytest.raises(InputError, match="--data kitti: vfimamba trains on world"):
+        VFIMamba.dataset("kitti", "tiny", 0)
+
+
+def test_triplets_of_the_world_repeat_and_grow_in_motion():
+    pytest.importorskip("frameloom.world.world")
+    data = VFIMamba.dataset("world", "tiny", 7)
+    batch = data.batch([3, 4], 0.0)
+    assert batch["pair"].shape == (2, 2, 3, 96, 96)
+    assert batch["middle"].shape == (2, 3, 96, 96)
+    assert torch.equal(batch["t"], torch.full((2,), 0.5))
+    assert torch.equal(batch["middle"][1:], data.batch([4], 0.0)["middle"])
+    difference = lambda made: (made["pair"][:, 0] - made["pair"][:, 1]).abs().mean()  # noqa: E731
+    assert difference(data.batch([3, 4], 1.0)) > 1.3 * difference(batch)
+
+
+def test_any_time_comes_as_a_function_of_the_pair(tiny):
+    a, b = pairs(2, 3, 32, 32)
+    assert torch.equal(tiny.between(a, b)(0.5), tiny.at(a, b, 0.5))
+    assert tiny.fixed_t

@@ -15,7 +15,7 @@ def conv_prelu(inputs: int, outputs: int, stride: int = 1) -> nn.Sequential:
     return nn.Sequential(nn.Conv2d(inputs, outputs, 3, stride, 1), nn.PReLU(outputs))
 
 
-def resize(x: Float[Tensor, "b c h w"], factor: float) -> Float[Tensor, "b c h2 w2"]:
+def resize(x: Float[Tensor, "b c h w"], factor: float | int) -> Float[Tensor, "b c h2 w2"]:
     """Bilinear, pixel areas aligned; sizes are rounded."""
     if factor == 1:
         return x

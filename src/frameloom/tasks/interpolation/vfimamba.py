@@ -17,7 +17,7 @@ import pickle
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, NamedTuple, Self
+from typing import Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -446,7 +446,7 @@ class VFIMamba(nn.Module):
         return total
 
     @classmethod
-    def load_official(cls, path: str | Path) -> Self:
+    def load_official(cls, path: str | Path) -> "VFIMamba":
         """The network of a published checkpoint (`VFIMamba.pkl`, `VFIMamba_S.pkl`), its size read from it.
 
         Raises InputError for a file that is not such a checkpoint, naming what does not fit.
