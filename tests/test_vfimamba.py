@@ -286,3 +286,9 @@ def test_any_time_comes_as_a_function_of_the_pair(tiny):
     a, b = pairs(2, 3, 32, 32)
     assert torch.equal(tiny.between(a, b)(0.5), tiny.at(a, b, 0.5))
     assert tiny.fixed_t
+
+
+def test_flow_and_frame_keep_float32_under_autocast(tiny):
+    with torch.autocast("cpu", torch.bfloat16):
+        made = tiny(pairs(1, 2, 3, 32, 32))
+    assert {made.frame.dtype, made.flow.dtype, made.mask.dtype} == {torch.float32}

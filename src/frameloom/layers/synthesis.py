@@ -52,7 +52,7 @@ class LocalBlock(nn.Module):
     ) -> tuple[Float[Tensor, "b 4 h w"], Float[Tensor, "b 1 h w"]]:
         small = torch.cat([resize(images, 1 / self.scale), resize(flow, 1 / self.scale) / self.scale], 1)
         hidden = self.conv0(small)
-        update = resize(self.lastconv(self.convblock(hidden) + hidden), 2 * self.scale)
+        update = resize(self.lastconv(self.convblock(hidden) + hidden).float(), 2 * self.scale)
         return update[:, :4] * (2 * self.scale), update[:, 4:]
 
 
@@ -89,4 +89,5 @@ class Refinement(nn.Module):
         x = self.up1(torch.cat([x, s2], 1))
         x = self.up2(torch.cat([x, s1], 1))
         x = self.up3(torch.cat([x, s0], 1))
-        return torch.sigmoid(self.conv(x)) * 2 - 1
+        # In bfloat16 the residual would come in steps of 1/256.
+        return torch.sigmoid(self.conv(x).float()) * 2 - 1

@@ -62,7 +62,7 @@ PRESETS = {
 RECIPES = {
     "tiny": Recipe(steps=6000, batch_size=8, lr=1e-3, final_lr=2e-5, weight_decay=1e-4, ema=0.998,
                    bf16=True, channels_last=True),
-    # The paper's rates and batch; 300 passes over the 51,312 triplets of Vimeo-90K.
+    # Published rates and decay; as many steps as 300 passes over the 51,312 triplets of Vimeo-90K.
     "small": Recipe(steps=481_000, batch_size=32, lr=2e-4, final_lr=2e-5, warmup=2000, weight_decay=1e-4,
                     bf16=True, channels_last=True),
 }  # fmt: skip
@@ -281,7 +281,7 @@ class FlowHead(nn.Module):
         inputs = [self.upsample(features), resize(images, factor)]
         if flow is not None:
             inputs.append(resize(flow, factor) * factor)
-        update = resize(self.conv(torch.cat(inputs, 1)), 1 / factor)
+        update = resize(self.conv(torch.cat(inputs, 1)).float(), 1 / factor)
         return update[:, :4] / factor, update[:, 4:]
 
 
@@ -336,7 +336,7 @@ class VFIMamba(nn.Module):
 
     @classmethod
     def recipe(cls, size: str) -> Recipe:
-        """How a size is trained; `tiny` takes about an hour of two cores."""
+        """How a size is trained; `tiny` takes about an hour of two cores, rendering included."""
         cls.preset(size)
         return RECIPES[size]
 
