@@ -271,7 +271,6 @@ def test_recipes_exist_for_every_size_and_other_data_is_refused():
 
 
 def test_triplets_of_the_world_repeat_and_grow_in_motion():
-    pytest.importorskip("frameloom.world.world")
     data = VFIMamba.dataset("world", "tiny", 7)
     batch = data.batch([3, 4], 0.0)
     assert batch["pair"].shape == (2, 2, 3, 96, 96)

@@ -94,13 +94,14 @@ class Triplets:
 
     def batch(self, indices: list[int], progress: float) -> dict[str, Tensor]:
         """`pair` (b, 2, 3, h, w), `middle` (b, 3, h, w), `t` (b,)."""
-        from frameloom.world.world import World
+        from frameloom.world import WorldDataset
 
         # Rendered at twice the size: an aliased middle frame is sharper than any warp of its neighbours.
         speed = self.curriculum.motion(progress) / 2
-        seeds = [(self.seed << 32) + index for index in indices]
-        world = World("motion", seeds, frames=3, motion=speed, size=self.crop)
-        rgb = world.render(self.crop, self.crop, supersample=2)["rgb"].clone()
+        world = WorldDataset(
+            "motion", 3, self.crop, self.crop, self.seed, length=2**48, motion=speed, supersample=2
+        )
+        rgb = world.batch(indices)["rgb"].clone()  # rendered under inference mode, which autograd refuses
         return {"pair": rgb[:, ::2], "middle": rgb[:, 1], "t": torch.full((len(rgb),), 0.5)}
 
 
