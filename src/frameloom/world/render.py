@@ -105,14 +105,16 @@ class Renderer:
         y = ((np.arange(self.height * supersample) + 0.5) / supersample - self.height / 2) / focal
         return self._tensor(x)[:, None, :], self._tensor(y)[:, :, None]
 
-    def _crops(self, rows: slice, supersample: int) -> list[tuple[slice, slice] | None]:
-        """Where in the picture each part can be seen in any of these rows."""
+    def _crops(
+        self, rows: slice | np.ndarray, supersample: int, reach: float = 0.0
+    ) -> list[tuple[slice, slice] | None]:
+        """Where in the picture each part can be seen in any of these rows, and `reach` pixels about it."""
         scale = self.focal[rows, None, None] * supersample
         size = np.array([self.width, self.height] * 2) * supersample
         edges = self.boxes[rows] * scale + size / 2
         edges[self.parts.shapes[rows] < 0] = (np.inf, np.inf, -np.inf, -np.inf)
-        low = np.clip(np.floor(edges[..., :2].min(0) - 1), 0, size[:2]).astype(int)
-        high = np.clip(np.ceil(edges[..., 2:].max(0) + 1), 0, size[:2]).astype(int)
+        low = np.clip(np.floor(edges[..., :2].min(0) - 1 - reach), 0, size[:2]).astype(int)
+        high = np.clip(np.ceil(edges[..., 2:].max(0) + 1 + reach), 0, size[:2]).astype(int)
         return [
             (slice(y0, y1), slice(x0, x1)) if x0 < x1 and y0 < y1 else None
             for (x0, y0), (x1, y1) in zip(low.tolist(), high.tolist(), strict=True)
@@ -158,12 +160,12 @@ class Renderer:
                     dx, dy = (moved[0] - x) * focal, (moved[1] - y) * focal
                     made[flow] = torch.stack([dx, dy], 1)
                 if occlusion in labels:
-                    made[occlusion] = self._hidden(rows, target, *moved, focal)[:, None]
+                    made[occlusion] = self._hidden(rows, target, x, y, moved, focal)[:, None]
         return made
 
     def _carried(
         self, rows: slice, target: np.ndarray, x: Tensor, y: Tensor, depth: Tensor, part: Tensor
-    ) -> tuple[Tensor, Tensor, Tensor]:
+    ) -> Vector:
         """Where the points seen in `rows` are seen in the rows `target`: coordinates and depth there."""
         carried = np.linalg.inv(self.matrices[target]) @ self.matrices[rows]
         matrix = self._tensor(carried[:, :, :3].reshape(-1, 12).T)
@@ -176,13 +178,15 @@ class Renderer:
         return tuple(a.reshape(depth.shape) for a in (px / ahead, py / ahead, pz))  # type: ignore[return-value]
 
     def _hidden(
-        self, rows: slice, target: np.ndarray, x: Tensor, y: Tensor, depth: Tensor, focal: Tensor
+        self, rows: slice, target: np.ndarray, x: Tensor, y: Tensor, moved: Vector, focal: Tensor
     ) -> Tensor:
         """1 where a carried point leaves the picture, is behind the camera, or has something before it."""
+        to_x, to_y, depth = moved
         matrices = self._tensor(self.matrices[target][:, :, :3])
-        everywhere = [(slice(0, self.height), slice(0, self.width))] * matrices.shape[1]
-        nearest, _ = self._trace(matrices, rows, x, y, everywhere)
-        outside = (x.abs() * focal > self.width / 2) | (y.abs() * focal > self.height / 2) | (depth < NEAR)
+        # A pixel can only meet a part that is within its own displacement of it.
+        reach = float(torch.maximum((to_x - x).abs(), (to_y - y).abs()).mul_(focal).amax())
+        nearest, _ = self._trace(matrices, rows, to_x, to_y, self._crops(target, 1, reach))
+        outside = (to_x.abs() * focal > self.width / 2) | (to_y.abs() * focal > self.height / 2) | (depth < NEAR)
         return (outside | (nearest < depth * (1 - SLACK))).float()
 
     def _colour(self, table: Tensor, x: Tensor, y: Tensor, depth: Tensor, part: Tensor, supersample: int) -> Tensor:
