@@ -64,7 +64,8 @@ def ground(rng: np.random.Generator, textures: tuple[int, ...] = (NOISE, CHECKS,
     else:
         number = int(rng.choice(GROUNDS))
         tint = tuple(0.45 + 0.75 * value for value in high)
-        surface = Surface(PHOTOGRAPH, ((0.1, 0.1, 0.1), tint), 0.3, photograph=number, light=0.0)
+        turn = rotation((0, 0, 1), rng.uniform(0.2, 1.3, 1))[0]  # keeps the mirrored edges out of line with the view
+        surface = Surface(PHOTOGRAPH, ((0.1, 0.1, 0.1), tint), 0.3, turn, (*rng.uniform(size=2), 0.0), number, 0.0)
     return Part(PLANE, 0, fixed(LEVEL * 58.0, np.zeros(3)), surface)
 
 
@@ -126,13 +127,14 @@ def _mover(rng: np.random.Generator, colour: str, lane: float, duration: float, 
     start = float(rng.choice((0.0, rng.uniform(0.1, 0.35)))) * duration
     stop = float(rng.choice((1.0, rng.uniform(0.65, 0.9)))) * duration
 
-    def centre(times: Times, begin: np.ndarray = begin, end: np.ndarray = end) -> Vectors:
+    eased = start > 0.0 or stop < duration
+
+    def centre(times: Times) -> Vectors:
         # A motion that fills the clip neither starts nor stops in it.
         u = (times - start) / (stop - start)
-        whole = start == 0.0 and stop == duration
-        return begin + (end - begin) * (np.clip(u, 0, 1) if whole else ease(u))[:, None]
+        return begin + (end - begin) * (ease(u) if eased else np.clip(u, 0, 1))[:, None]
 
-    return Body(word, colour, size, centre, radius, moves, start, stop)
+    return Body(word, colour, size, centre, radius, moves, start, stop, eased)
 
 
 def _clear(bodies: list[Body], camera: Callable, focal: float, duration: float) -> bool:
@@ -188,13 +190,13 @@ def flyover(rng: np.random.Generator, duration: float, fps: float, motion: float
     `motion` is the typical flow of the middle distance, a fraction of the picture a frame.
     """
     parts, bodies = [dome(rng), ground(rng, (NOISE, PHOTOGRAPH))], [Body("background")]
-    ring, focal = 9.0, 1.0
+    ring, focal = 7.5, 1.0
     phase, clockwise = rng.uniform(0, 2 * np.pi), rng.choice((-1.0, 1.0))
     pictures = rng.permutation(PICTURES)
     slots = np.linspace(0, 2 * np.pi, 15)[:-1] + rng.uniform(-0.1, 0.1, 14)
     for i, angle in enumerate(slots):
         inside = i % 2 == 0
-        distance = rng.uniform(4.2, 6.6) if inside else rng.uniform(11.6, 14.0)
+        distance = rng.uniform(3.6, 5.4) if inside else rng.uniform(9.4, 11.2)
         where = np.array([np.cos(angle), 0.0, np.sin(angle)]) * distance
         facing = rotation(
             (0, 1, 0), np.array([np.pi / 2 - angle + (0.0 if inside else np.pi) + rng.uniform(-0.4, 0.4)])
@@ -226,6 +228,13 @@ def flyover(rng: np.random.Generator, duration: float, fps: float, motion: float
                 Part(CAPSULE if half else SPHERE, index, fixed(facing * radius, centre), surface, half=half)
             )
 
+    for i, angle in enumerate(np.linspace(0, 2 * np.pi, 6)[:-1] + phase):
+        where = np.array([np.cos(angle), 0.0, np.sin(angle)]) * ring + (0, 0.02, 0)
+        facing = rotation((0, 1, 0), rng.uniform(0, 2 * np.pi, 1))[0] @ LEVEL
+        photo = Surface(PHOTOGRAPH, ((0.0,) * 3, (1.0,) * 3), 0.36, offset=(0.5, 0.5, 0.5),
+                        photograph=int(pictures[-1 - i]), light=0.0)  # fmt: skip
+        parts.append(Part(PLANE, 0, fixed(facing * 1.4, where), photo))
+
     # Points 5 units away drift by `motion` of a picture a frame.
     speed = motion * fps * 5.0 / focal
     bob = rng.uniform(0, 2 * np.pi, 3)
@@ -234,15 +243,15 @@ def flyover(rng: np.random.Generator, duration: float, fps: float, motion: float
         def path(seconds: np.ndarray) -> np.ndarray:
             turn = phase + clockwise * speed * seconds / ring
             radius = ring + 0.5 * np.sin(1.7 * turn + bob[0])
-            height = 1.9 + 0.35 * np.sin(2.3 * turn + bob[1])
+            height = 2.5 + 0.4 * np.sin(2.3 * turn + bob[1])
             return np.stack([radius * np.cos(turn), height, radius * np.sin(turn)], -1)
 
-        ahead = path(times + 4.5 / speed)
+        ahead = path(times + 5.0 / speed)
         sway = 0.3 + 0.15 * np.sin(speed * times / 4 + bob[2])
-        target = ahead * np.stack([1 - 0.3 * sway, 0.55 + 0 * sway, 1 - 0.3 * sway], -1)
+        target = ahead * np.stack([1 - 0.3 * sway, 0.32 + 0 * sway, 1 - 0.3 * sway], -1)
         return look_at(path(times), target)
 
-    return Scene("flyover", parts, bodies, camera, focal, duration)
+    return Scene("flyover", parts, bodies, camera, focal, duration, action="right" if clockwise > 0 else "left")
 
 
 def still_at(where: np.ndarray) -> Callable[[Times], Vectors]:
@@ -334,7 +343,7 @@ def bounce(rng: np.random.Generator, duration: float, fps: float, motion: float)
         flight *= lively
     lands = np.array(lands)
     wall = bool(rng.random() < 0.5)
-    meets = rng.uniform(0.45, 0.75) * duration if wall else np.inf
+    meets = rng.uniform(0.55, 0.75) * duration if wall else np.inf
     speed = rng.uniform(2.2, 3.2) / duration
     edge = sign * 1.5 if wall else None
     begin = (edge - sign * (radius + speed * meets)) if wall else -sign * speed * duration / 2

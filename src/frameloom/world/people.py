@@ -1,6 +1,7 @@
 """Scenes of people: `figure`, a body of capsules with named joints, and `talk`, a head whose mouth follows a sound."""
 
 from collections.abc import Callable
+from functools import lru_cache
 
 import numpy as np
 
@@ -102,7 +103,17 @@ def _skeleton(
             return np.stack([travel[:, None] + sign * forward, up, depth + sign * -side], -1)
         return body + (0, 0, depth)
 
-    return joints
+    return _remember(joints)
+
+
+def _remember(joints: Callable[[Times], np.ndarray]) -> Callable[[Times], np.ndarray]:
+    """The same function, evaluated once for all the bones that ask for the same instants."""
+
+    @lru_cache(maxsize=2)
+    def at(times: bytes) -> np.ndarray:
+        return joints(np.frombuffer(times))
+
+    return lambda times: at(np.asarray(times, dtype=float).tobytes())
 
 
 def _bone(

@@ -10,6 +10,7 @@ warp one frame onto the next exactly.
 """
 
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 import torch
@@ -17,7 +18,7 @@ from torch import Tensor
 
 from frameloom.world import textures
 from frameloom.world.scene import BOX, CHECKS, NOISE, PHOTOGRAPH, PLANE, SKY, STRIPES, Scene
-from frameloom.world.tracer import FAR, NEAR, bounds, carry, flat_index, trace
+from frameloom.world.tracer import NEAR, Vector, bounds, carry, flat_index, trace
 
 OUTPUTS = ("rgb", "depth", "flow", "backward_flow", "occlusion", "backward_occlusion", "masks")
 AMBIENT = 0.42
@@ -104,14 +105,16 @@ class Renderer:
         y = ((np.arange(self.height * supersample) + 0.5) / supersample - self.height / 2) / focal
         return self._tensor(x)[:, None, :], self._tensor(y)[:, :, None]
 
-    def _crops(self, rows: slice, supersample: int) -> list[tuple[slice, slice] | None]:
-        """Where in the picture each part can be seen in any of these rows."""
+    def _crops(
+        self, rows: slice | np.ndarray, supersample: int, reach: float = 0.0
+    ) -> list[tuple[slice, slice] | None]:
+        """Where in the picture each part can be seen in any of these rows, and `reach` pixels about it."""
         scale = self.focal[rows, None, None] * supersample
         size = np.array([self.width, self.height] * 2) * supersample
         edges = self.boxes[rows] * scale + size / 2
         edges[self.parts.shapes[rows] < 0] = (np.inf, np.inf, -np.inf, -np.inf)
-        low = np.clip(np.floor(edges[..., :2].min(0) - 1), 0, size[:2]).astype(int)
-        high = np.clip(np.ceil(edges[..., 2:].max(0) + 1), 0, size[:2]).astype(int)
+        low = np.clip(np.floor(edges[..., :2].min(0) - 1 - reach), 0, size[:2]).astype(int)
+        high = np.clip(np.ceil(edges[..., 2:].max(0) + 1 + reach), 0, size[:2]).astype(int)
         return [
             (slice(y0, y1), slice(x0, x1)) if x0 < x1 and y0 < y1 else None
             for (x0, y0), (x1, y1) in zip(low.tolist(), high.tolist(), strict=True)
@@ -157,12 +160,12 @@ class Renderer:
                     dx, dy = (moved[0] - x) * focal, (moved[1] - y) * focal
                     made[flow] = torch.stack([dx, dy], 1)
                 if occlusion in labels:
-                    made[occlusion] = self._hidden(rows, target, *moved, focal)[:, None]
+                    made[occlusion] = self._hidden(rows, target, x, y, moved, focal)[:, None]
         return made
 
     def _carried(
         self, rows: slice, target: np.ndarray, x: Tensor, y: Tensor, depth: Tensor, part: Tensor
-    ) -> tuple[Tensor, Tensor, Tensor]:
+    ) -> Vector:
         """Where the points seen in `rows` are seen in the rows `target`: coordinates and depth there."""
         carried = np.linalg.inv(self.matrices[target]) @ self.matrices[rows]
         matrix = self._tensor(carried[:, :, :3].reshape(-1, 12).T)
@@ -175,99 +178,125 @@ class Renderer:
         return tuple(a.reshape(depth.shape) for a in (px / ahead, py / ahead, pz))  # type: ignore[return-value]
 
     def _hidden(
-        self, rows: slice, target: np.ndarray, x: Tensor, y: Tensor, depth: Tensor, focal: Tensor
+        self, rows: slice, target: np.ndarray, x: Tensor, y: Tensor, moved: Vector, focal: Tensor
     ) -> Tensor:
         """1 where a carried point leaves the picture, is behind the camera, or has something before it."""
+        to_x, to_y, depth = moved
         matrices = self._tensor(self.matrices[target][:, :, :3])
-        everywhere = [(slice(0, self.height), slice(0, self.width))] * matrices.shape[1]
-        nearest, _ = self._trace(matrices, rows, x, y, everywhere)
-        outside = (x.abs() * focal > self.width / 2) | (y.abs() * focal > self.height / 2) | (depth < NEAR)
+        # A pixel can only meet a part that is within its own displacement of it.
+        reach = float(torch.maximum((to_x - x).abs(), (to_y - y).abs()).mul_(focal).amax())
+        nearest, _ = self._trace(matrices, rows, to_x, to_y, self._crops(target, 1, reach))
+        outside = (to_x.abs() * focal > self.width / 2) | (to_y.abs() * focal > self.height / 2) | (depth < NEAR)
         return (outside | (nearest < depth * (1 - SLACK))).float()
 
-    def _colour(
-        self, table: Tensor, x: Tensor, y: Tensor, depth: Tensor, part: Tensor, supersample: int
-    ) -> Tensor:
-        rows, height, width = depth.shape
+    def _colour(self, table: Tensor, x: Tensor, y: Tensor, depth: Tensor, part: Tensor, supersample: int) -> Tensor:
         columns = table.flatten(0, 1).T.contiguous()
-        index = flat_index(part, table.shape[1])
-        x, y = x.expand(depth.shape).reshape(-1), y.expand(depth.shape).reshape(-1)
-        z = depth.flatten()
-
-        def pick(which: slice | int) -> Tensor:
-            return columns[which].index_select(-1, index)
-
-        local_matrix = pick(_LOCAL).unflatten(0, (3, 4))
-        local = carry(local_matrix, x, y, z)
-        kind, shape = pick(_KIND), pick(_SHAPE)
-        half = pick(_HALF)
-        flat = (shape == BOX) | (shape == PLANE)
-        size = [local[0].abs(), local[1].abs(), torch.where(shape == PLANE, 2.0, local[2].abs())]
-        largest = torch.maximum(torch.maximum(size[0], size[1]), size[2])
-        rounded = (local[0], local[1] - torch.minimum(torch.maximum(local[1], -half), half), local[2])
-        # A plane's z is 0 but for rounding; its normal is +z.
-        signed = (local[0], local[1], torch.where(shape == PLANE, 1.0, local[2]))
-        normal = tuple(
-            torch.where(flat, (s == largest) * (1 - 2 * (c < 0).float()), r)
-            for s, c, r in zip(size, signed, rounded, strict=True)
-        )
-
-        # The pixel's size on the surface grows with the slant at which it is seen.
-        across = [sum(local_matrix[i, j] * normal[i] for i in range(3)) for j in range(3)]
-        facing = across[0] * x + across[1] * y + across[2]
-        ray = x * x + y * y + 1
-        slant = (sum(a * a for a in across) * ray).sqrt_() / facing.abs().clamp(min=1e-6)
-        footprint = z * pick(_FREQUENCY) * slant.clamp(max=16) / supersample
-
-        scale, light = pick(_SCALE), pick(_LIGHT)
-        normal_scaled = [n * s for n, s in zip(normal, scale, strict=True)]
-        length = sum(n * n for n in normal_scaled).sqrt_()
-        wrap = (sum(n * l for n, l in zip(normal_scaled, light, strict=True)) / length).mul_(0.5).add_(0.5)
-        lit = pick(_LIT)
-        shade = 1 - lit * ((1 - AMBIENT) * (1 - wrap * wrap))
-
-        texture = pick(_TEXTURE).unflatten(0, (3, 4))
-        q = [
-            (row[0] * local[0]).add_(row[1] * local[1]).add_(row[2] * local[2]).add_(row[3])
-            for row in texture
-        ]
-        low, high = pick(_LOW), pick(_HIGH)
-        blend = torch.zeros_like(z)
-        for number, function in (
-            (NOISE, textures.noise),
-            (STRIPES, _stripes),
-            (CHECKS, _checks),
-            (SKY, _sky),
-        ):
+        seen = _Seen(
+            columns, flat_index(part, table.shape[1]),
+            x.expand(depth.shape).reshape(-1), y.expand(depth.shape).reshape(-1), depth.flatten(),
+        )  # fmt: skip
+        kind = seen.pick(_KIND)
+        low, high = seen.pick(_LOW), seen.pick(_HIGH)
+        colour = low.clone()
+        for number, function in _TEXTURES.items():
             chosen = (kind == number).nonzero()[:, 0]
             if len(chosen):
-                blend[chosen] = function(tuple(a[chosen] for a in q), footprint[chosen])
-        colour = torch.lerp(low, high, blend)
-        chosen = (kind == PHOTOGRAPH).nonzero()[:, 0]
+                blend = function(seen.only(chosen), 1 / supersample)
+                begin = low[:, chosen]
+                colour[:, chosen] = begin + (high[:, chosen] - begin) * blend
+        chosen = (seen.pick(_LIT) > 0).nonzero()[:, 0]
         if len(chosen):
-            a, b, c = (axis[chosen] for axis in q)
-            nx, ny = (normal[axis][chosen] != 0 for axis in (0, 1))
-            u, v = torch.where(nx, c, a), torch.where(ny, c, b)
-            picture = textures.photograph(pick(_PHOTO)[chosen].long(), u, v, footprint[chosen])
-            colour[:, chosen] = low[:, chosen] + (high - low)[:, chosen] * picture.T
-        return (colour * shade).reshape(3, rows, height, width).transpose(0, 1).clamp_(0, 1)
+            colour[:, chosen] *= seen.only(chosen).shade()
+        return colour.reshape(3, *depth.shape).transpose(0, 1).clamp_(0, 1)
 
 
-def _stripes(q: tuple[Tensor, Tensor, Tensor], footprint: Tensor) -> Tensor:
-    return textures.wave(q[0], footprint).mul_(0.5).add_(0.5)
+class _Seen:
+    """Points that are seen: their row in the table, their picture coordinates and depths; all flat."""
+
+    def __init__(self, columns: Tensor, index: Tensor, x: Tensor, y: Tensor, z: Tensor) -> None:
+        self.columns, self.index, self.x, self.y, self.z = columns, index, x, y, z
+
+    def only(self, chosen: Tensor) -> "_Seen":
+        return _Seen(self.columns, *(a.index_select(0, chosen) for a in (self.index, self.x, self.y, self.z)))
+
+    def pick(self, which: slice | int) -> Tensor:
+        return self.columns[which].index_select(-1, self.index)
+
+    @cached_property
+    def matrix(self) -> Tensor:
+        return self.pick(_LOCAL).unflatten(0, (3, 4))
+
+    @cached_property
+    def local(self) -> Vector:
+        return carry(self.matrix, self.x, self.y, self.z)
+
+    @cached_property
+    def normal(self) -> Vector:
+        """Outwards on the unit primitive, of any length."""
+        local, shape, half = self.local, self.pick(_SHAPE), self.pick(_HALF)
+        size = [local[0].abs(), local[1].abs(), torch.where(shape == PLANE, 2.0, local[2].abs())]
+        largest = torch.maximum(torch.maximum(size[0], size[1]), size[2])
+        # A plane's z is 0 but for rounding; its normal is +z.
+        signed = (local[0], local[1], torch.where(shape == PLANE, 1.0, local[2]))
+        rounded = (local[0], local[1] - torch.minimum(torch.maximum(local[1], -half), half), local[2])
+        flat = (shape == BOX) | (shape == PLANE)
+        return tuple(
+            torch.where(flat, (s == largest) * (1 - 2 * (c < 0).float()), r)
+            for s, c, r in zip(size, signed, rounded, strict=True)
+        )  # type: ignore[return-value]
+
+    def shade(self) -> Tensor:
+        normal = [n * s for n, s in zip(self.normal, self.pick(_SCALE), strict=True)]
+        length = (normal[0] * normal[0] + normal[1] * normal[1] + normal[2] * normal[2]).sqrt_()
+        light = self.pick(_LIGHT)
+        wrap = (normal[0] * light[0] + normal[1] * light[1] + normal[2] * light[2]).div_(length).mul_(0.5).add_(0.5)
+        return 1 - self.pick(_LIT) * ((1 - AMBIENT) * (1 - wrap * wrap))
+
+    def footprint(self) -> Tensor:
+        """A pixel's size on the texture; it grows with the slant at which the surface is seen."""
+        x, y, normal, matrix = self.x, self.y, self.normal, self.matrix
+        across = [matrix[0, j] * normal[0] + matrix[1, j] * normal[1] + matrix[2, j] * normal[2] for j in range(3)]
+        facing = (across[0] * x).add_(across[1] * y).add_(across[2]).abs_().clamp_(min=1e-6)
+        ray = (x * x).add_(y * y).add_(1)
+        slant = (across[0] * across[0] + across[1] * across[1] + across[2] * across[2]).mul_(ray).sqrt_().div_(facing)
+        return slant.clamp_(max=16).mul_(self.z).mul_(self.pick(_FREQUENCY))
+
+    def coordinates(self) -> Vector:
+        """Texture coordinates."""
+        x, y, z = self.local
+        return tuple(
+            (row[0] * x).add_(row[1] * y).add_(row[2] * z).add_(row[3])
+            for row in self.pick(_TEXTURE).unflatten(0, (3, 4))
+        )  # type: ignore[return-value]
 
 
-def _checks(q: tuple[Tensor, Tensor, Tensor], footprint: Tensor) -> Tensor:
-    product = textures.wave(q[0], footprint)
-    for axis in q[1:]:
-        product.mul_(textures.wave(axis, footprint))
-    return product.mul_(0.5).add_(0.5)
+def _noise(seen: _Seen, pixel: float) -> Tensor:
+    return textures.noise(seen.coordinates(), seen.footprint() * pixel)
 
 
-def _sky(q: tuple[Tensor, Tensor, Tensor], footprint: Tensor) -> Tensor:
-    """From horizon (0) to zenith (1) with soft clouds; q is a unit vector, y up."""
-    height = q[1].clamp(0, 1)
-    clouds = textures.noise((q[0] * 0.9, q[1] * 2.0, q[2] * 0.9), footprint)
-    return (height * 1.6).add_((0.5 - clouds) * 0.5).clamp_(0, 1)
+def _stripes(seen: _Seen, pixel: float) -> Tensor:
+    return textures.wave(seen.coordinates()[0], seen.footprint() * pixel).mul_(0.5).add_(0.5)
 
 
-__all__ = ["FAR", "OUTPUTS", "Parts", "Renderer", "gather", "place"]
+def _checks(seen: _Seen, pixel: float) -> Tensor:
+    footprint = seen.footprint() * pixel
+    first, *others = (textures.wave(axis, footprint) for axis in seen.coordinates())
+    for wave in others:
+        first.mul_(wave)
+    return first.mul_(0.5).add_(0.5)
+
+
+def _sky(seen: _Seen, pixel: float) -> Tensor:
+    """From horizon (0) to zenith (1) with soft clouds."""
+    x, y, z = seen.local
+    clouds = textures.noise((x * 0.9, y * 2.0, z * 0.9), seen.z * seen.pick(_FREQUENCY) * pixel)
+    return (y.clamp(0, 1) * 1.6).add_((0.5 - clouds) * 0.5).clamp_(0, 1)
+
+
+def _photograph(seen: _Seen, pixel: float) -> Tensor:
+    a, b, c = seen.coordinates()
+    u, v = torch.where(seen.normal[0] != 0, c, a), torch.where(seen.normal[1] != 0, c, b)
+    return textures.photograph(seen.pick(_PHOTO).int(), u, v, seen.footprint() * pixel).T
+
+
+_TEXTURES = {NOISE: _noise, STRIPES: _stripes, CHECKS: _checks, PHOTOGRAPH: _photograph, SKY: _sky}

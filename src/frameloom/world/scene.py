@@ -59,7 +59,10 @@ class Part:
 
 @dataclass(frozen=True)
 class Body:
-    """Something with a mask. `word` is its noun; `moves` the direction word (None: still); times in seconds."""
+    """Something with a mask. `word` is its noun; `moves` the direction word (None: still); times in seconds.
+
+    `eased` bodies are seen to start and to stop; the others move from the first frame to the last.
+    """
 
     word: str
     colour: str | None = None
@@ -69,6 +72,7 @@ class Body:
     moves: str | None = None
     start: float = 0.0
     stop: float = 0.0
+    eased: bool = False
 
     @property
     def name(self) -> str:
@@ -93,7 +97,8 @@ class Contact:
 class Scene:
     """One seed's scene. `focal` is in units of the picture's shorter side; `pivot` is what the views turn about.
 
-    `joints` gives a figure's joints in the world `(t, j, 3)`; `action` is what a person does.
+    `joints` gives a figure's joints in the world `(t, j, 3)`; `action` is what a person does, the colour of a talking
+    person's eyes, or the way a flying camera turns; `material` what a bouncing ball sounds like.
     """
 
     kind: str

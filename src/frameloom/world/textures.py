@@ -11,7 +11,7 @@ import cv2
 import numpy as np
 import skimage.data
 import torch
-from jaxtyping import Float, Int64
+from jaxtyping import Float, Int32
 from torch import Tensor
 
 VOLUME, PHOTO = 64, 512  # texels a side of the finest level
@@ -102,12 +102,12 @@ def _between_levels(
     count = int(np.log2(size)) + 1
     last = count - skipped - 1
     sides = size // 2 ** np.arange(count)
-    starts = np.concatenate([[0], np.cumsum(sides.astype(np.int64) ** dimensions)[:-1]])
-    sides_on, starts_on = (torch.from_numpy(a).to(footprint.device) for a in (sides, starts))
+    starts = np.concatenate([[0], np.cumsum(sides**dimensions)[:-1]])
+    sides_on, starts_on = (torch.from_numpy(a).to(footprint.device, torch.int32) for a in (sides, starts))
     level = (footprint * size).clamp_(1.0, float(2**last)).log2_()
     low = level.floor().clamp_(0, max(last - 1, 0))
     weight = level - low
-    low = low.long()
+    low = low.int()
     return [
         (sides_on[low], starts_on[low], 1 - weight),
         (sides_on[low + 1], starts_on[low + 1], weight),
@@ -124,7 +124,7 @@ def noise(q: tuple[Tensor, Tensor, Tensor], footprint: Float[Tensor, " n"]) -> F
         for axis in q:
             texel = (axis * scale).sub_(0.5)
             floor = texel.floor()
-            low = floor.long()
+            low = floor.int()
             corners.append((low & last, (low + 1) & last, texel.sub_(floor)))
         (x0, x1, fx), (y0, y1, fy), (z0, z1, fz) = corners
         value = None
@@ -138,7 +138,7 @@ def noise(q: tuple[Tensor, Tensor, Tensor], footprint: Float[Tensor, " n"]) -> F
 
 
 def photograph(
-    number: Int64[Tensor, " n"],
+    number: Int32[Tensor, " n"],
     u: Float[Tensor, " n"],
     v: Float[Tensor, " n"],
     footprint: Float[Tensor, " n"],
@@ -154,7 +154,7 @@ def photograph(
         for axis in (u, v):
             texel = (axis * side).sub_(0.5)
             floor = texel.floor()
-            low = floor.long()
+            low = floor.int()
             corners.append((low.clamp(min=0), torch.minimum(low + 1, last).clamp_(min=0), texel.sub_(floor)))
         (x0, x1, fx), (y0, y1, fy) = corners
         for y, wy in ((y0, 1 - fy), (y1, fy)):

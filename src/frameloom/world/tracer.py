@@ -10,7 +10,7 @@ from collections.abc import Sequence
 
 import numpy as np
 import torch
-from jaxtyping import Float, Int64, UInt8
+from jaxtyping import Float, Int32, UInt8
 from torch import Tensor
 
 from frameloom.world.scene import BOX, CAPSULE, PLANE, SPHERE
@@ -129,10 +129,10 @@ def carry(
     return tuple((row[0] * px).add_(row[1] * py).add_(row[2] * depth).add_(row[3]) for row in matrix)  # type: ignore[return-value]
 
 
-def flat_index(part: UInt8[Tensor, "r h w"], count: int) -> Int64[Tensor, " n"]:
+def flat_index(part: UInt8[Tensor, "r h w"], count: int) -> Int32[Tensor, " n"]:
     """Index of each pixel's part in a table of rows times parts."""
-    rows = torch.arange(part.shape[0], device=part.device)[:, None, None] * count
-    return (part.long() + rows).flatten()
+    rows = torch.arange(part.shape[0], device=part.device, dtype=torch.int32)[:, None, None] * count
+    return (part.int() + rows).flatten()
 
 
 def bounds(camera_from_local: np.ndarray, shapes: np.ndarray, half: np.ndarray) -> np.ndarray:

@@ -8,10 +8,13 @@ from jaxtyping import Float
 from torch import Tensor
 
 from frameloom.errors import InputError
-from frameloom.world import kinds, people
-from frameloom.world.geometry import orbit
+from frameloom.world import kinds, language, people
+from frameloom.world.geometry import orbit, project
+from frameloom.world.language import Event, Question
 from frameloom.world.render import OUTPUTS, Parts, Renderer, gather, place
 from frameloom.world.scene import Scene
+from frameloom.world.sound import RATE, impacts
+from frameloom.world.tracer import bounds
 
 KINDS = {
     "objects": kinds.objects,
@@ -95,11 +98,105 @@ class World:
         Pixel j covers [j, j + 1); camera axes are x right, y down, z forward.
         """
         intrinsics = torch.zeros(len(self.scenes), 3, 3)
-        focal = torch.tensor([scene.focal * min(height, width) for scene in self.scenes])
-        intrinsics[:, 0, 0] = intrinsics[:, 1, 1] = focal
+        focal = torch.from_numpy(self._focal(height, width))
+        intrinsics[:, 0, 0] = intrinsics[:, 1, 1] = focal.float()
         intrinsics[:, 0, 2], intrinsics[:, 1, 2], intrinsics[:, 2, 2] = width / 2, height / 2, 1
         poses = torch.from_numpy(self.poses(self.times, views, arc)).float()
         return intrinsics.to(self.device), (poses if views else poses[:, 0]).to(self.device)
+
+    def trajectories(
+        self, height: int, width: int, views: int | None = None, arc: float = 360.0
+    ) -> dict[str, Tensor]:
+        """Where the bodies are, the background (all zeros but its box) first; k as in the masks.
+
+        Returns `centres` `(b, t, k, 3)` in the world; `points` `(b, t, k, 2)`, their pictures in pixels; `depths`
+        `(b, t, k)`; `boxes` `(b, t, k, 4)` (x0, y0, x1, y1) in pixels, cut at the picture's edges, whether or
+        not the body is hidden; `present` `(b, k)`. With `views`, points, depths and boxes have a dimension v
+        after b.
+        """
+        count, times = BODIES[self.kind], self.times
+        poses = self.poses(times, views, arc)
+        centres = np.zeros((len(self.scenes), len(times), count, 3))
+        present = torch.zeros(len(self.scenes), count, dtype=torch.bool)
+        for b, scene in enumerate(self.scenes):
+            present[b, : len(scene.bodies)] = True
+            for k, body in enumerate(scene.bodies[1:], 1):
+                centres[b, :, k] = body.centre(times)
+        focal = self._focal(height, width)[:, None, None, None, None]
+        seen, depths = project(centres[:, None], poses[:, :, :, None])
+        points = seen * focal + (width / 2, height / 2)
+        there = present.numpy()[:, None, None, :] & (np.arange(count) > 0)
+
+        matrices = place(self.scenes, poses, times, self.parts.shapes.shape[1])
+        shapes, half = (
+            np.broadcast_to(array[:, None, None], matrices.shape[:4])
+            for array in (self.parts.shapes, self.parts.half)
+        )
+        of_parts = bounds(np.linalg.inv(matrices), shapes, half) * focal + (width / 2, height / 2) * 2
+        size = np.array([width, height], dtype=float)
+        boxes = np.zeros((*matrices.shape[:3], count, 4))
+        boxes[..., 0, :] = (0, 0, width, height)
+        for b, scene in enumerate(self.scenes):
+            for k in range(1, len(scene.bodies)):
+                own = of_parts[b][:, :, [i for i, part in enumerate(scene.parts) if part.body == k]]
+                boxes[b, :, :, k, :2] = np.clip(own[..., :2].min(2), 0, size)
+                boxes[b, :, :, k, 2:] = np.clip(own[..., 2:].max(2), 0, size)
+        points, depths = np.where(there[..., None], points, 0), np.where(there, depths, 0)
+        pictures = {"points": points, "depths": depths, "boxes": boxes}
+        found = {name: torch.from_numpy(array if views else array[:, 0]) for name, array in pictures.items()}
+        found["centres"] = torch.from_numpy(centres)
+        found = {name: value.to(self.device, torch.float32) for name, value in found.items()}
+        return found | {"present": present.to(self.device)}
+
+    def joints(
+        self, height: int, width: int, views: int | None = None, arc: float = 360.0
+    ) -> tuple[Float[Tensor, "b t j 3"], Tensor]:
+        """A figure's joints (named by `JOINTS`) in the world and in pixels, `(b, t, j, 2)` or `(b, v, t, j, 2)`.
+
+        Raises:
+            InputError: another kind than `"figure"`.
+        """
+        if self.kind != "figure":
+            raise InputError(f"joints belong to kind 'figure', not {self.kind!r}")
+        world = np.stack([scene.joints(self.times) for scene in self.scenes])
+        focal = self._focal(height, width)[:, None, None, None, None]
+        seen, _ = project(world[:, None], self.poses(self.times, views, arc)[:, :, :, None])
+        pixels = torch.from_numpy(seen * focal + (width / 2, height / 2)).to(self.device, torch.float32)
+        return torch.from_numpy(world).to(self.device, torch.float32), pixels if views else pixels[:, 0]
+
+    def sound(self) -> tuple[Float[Tensor, "b n"], list[list[int]]]:
+        """Waveforms in [-1, 1] at 16 kHz as long as the clip, and the frames nearest to the impacts.
+
+        Impacts sound in `"bounce"`, a voice in `"talk"`; the other kinds are silent.
+        """
+        length = round(self.frames / self.fps * RATE)
+        waves, frames = torch.zeros(len(self.scenes), length), []
+        for b, scene in enumerate(self.scenes):
+            if scene.contacts:
+                wave = impacts(scene.contacts, scene.material, scene.bodies[1].radius, scene.duration)
+                waves[b] = torch.from_numpy(wave).float()
+            if scene.voice is not None:
+                wave = torch.from_numpy(scene.voice[:length]).float()
+                waves[b, : len(wave)] = wave
+            nearest = [round(contact.time * self.fps) for contact in scene.contacts]
+            frames.append([frame for frame in nearest if frame < self.frames])
+        return waves.to(self.device), frames
+
+    def captions(self) -> list[str]:
+        """One sentence a scene, in words of `VOCABULARY`."""
+        return [language.caption(scene, self.fps) for scene in self.scenes]
+
+    def events(self) -> list[list[Event]]:
+        """For each scene what happens in it, with its frames."""
+        return [language.events(scene, self.frames, self.fps) for scene in self.scenes]
+
+    def questions(self) -> list[list[Question]]:
+        """For each scene questions with their true answers."""
+        return [language.questions(scene, self.fps) for scene in self.scenes]
+
+    def _focal(self, height: int, width: int) -> np.ndarray:
+        """Focal lengths in pixels."""
+        return np.array([scene.focal for scene in self.scenes]) * min(height, width)
 
     def _renderer(
         self, times: np.ndarray, height: int, width: int, views: int | None, arc: float
