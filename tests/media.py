@@ -73,7 +73,9 @@ def packets(path: Path, kind: str) -> list[list[tuple[bytes, Fraction]]]:
         found: dict[int, list] = {}
         for packet in file.demux([s for s in file.streams if s.type == kind]):
             if packet.size:
-                found.setdefault(packet.stream_index, []).append((bytes(packet), packet.pts * packet.time_base - origin))
+                found.setdefault(packet.stream_index, []).append(
+                    (bytes(packet), packet.pts * packet.time_base - origin)
+                )
         return [found[index] for index in sorted(found)]
 
 

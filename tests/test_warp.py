@@ -99,9 +99,7 @@ def test_splat_gradients_agree_with_finite_differences(mode):
     whole = torch.randint(-2, 3, (1, 2, 4, 5), generator=torch.Generator().manual_seed(1))
     flow = (whole + 0.2 + 0.6 * picture(1, 2, 4, 5, seed=2, dtype=torch.float64)).requires_grad_()
     importance = (picture(1, 1, 4, 5, seed=4, dtype=torch.float64) + 0.5).requires_grad_()
-    assert torch.autograd.gradcheck(
-        lambda i, f, z: forward_splat(i, f, mode, z)[0], (image, flow, importance)
-    )
+    assert torch.autograd.gradcheck(lambda i, f, z: forward_splat(i, f, mode, z)[0], (image, flow, importance))
 
 
 def test_splat_by_importance_needs_importance():

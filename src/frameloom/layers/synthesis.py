@@ -29,9 +29,7 @@ class ConvBlock(nn.Module):
     def __init__(self, inputs: int, outputs: int, depth: int):
         super().__init__()
         sizes = [inputs] + [outputs] * depth
-        self.conv = nn.Sequential(
-            *(layer for i in range(depth) for layer in conv_prelu(sizes[i], sizes[i + 1]))
-        )
+        self.conv = nn.Sequential(*(layer for i in range(depth) for layer in conv_prelu(sizes[i], sizes[i + 1])))
 
     def forward(self, x: Float[Tensor, "b c h w"]) -> Float[Tensor, "b d h w"]:
         return self.conv(x)

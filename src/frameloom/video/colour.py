@@ -57,8 +57,9 @@ class Colour:
             matrix = BT709 if frame.width >= 1280 or frame.height > 576 else BT601
         if matrix not in _LUMA:
             raise InputError(f"the picture's colour matrix (H.273 code {matrix}) is not one of BT.601, 709, 2020")
-        # "yuvj" is the old way to say full range; gray without a tag comes from still pictures.
-        full = int(frame.color_range) == 2 or frame.format.name.startswith("yuvj")
+        # "yuvj" is the old way to say full range; grey without a tag comes from still pictures.
+        untagged_grey = len(frame.format.components) <= 2 and int(frame.color_range) == 0
+        full = int(frame.color_range) == 2 or frame.format.name.startswith("yuvj") or untagged_grey
         return Colour(matrix, full, int(frame.color_primaries), int(frame.color_trc), depth)
 
     def as_video(self) -> "Colour":

@@ -7,6 +7,7 @@ of frames, tells constant from variable frame rate, and finds files that end ear
 
 import glob
 import hashlib
+import itertools
 import re
 from collections import deque
 from collections.abc import Iterator, Sequence
@@ -17,6 +18,7 @@ from pathlib import Path
 
 import av
 import numpy as np
+import torch
 
 from frameloom.errors import InputError
 from frameloom.video.clip import Clip, Frame, Info, Passthrough, Source
@@ -105,43 +107,40 @@ def _reason(error: Exception) -> str:
     return str(getattr(error, "strerror", None) or error).split(":")[0].lower()
 
 
-class _Upright:
-    """Turns frames the way the camera was held and, if asked, weaves interlaced fields, through libavfilter."""
+class _Weaver:
+    """Makes whole frames of interlaced fields, through libavfilter's bwdif; passes frames on when `on` is False."""
 
-    def __init__(self, first: av.VideoFrame, rotation: int, deinterlace: bool) -> None:
-        turns = {0: [], 90: [("transpose", "cclock")], 180: [("hflip", ""), ("vflip", "")],
-                 270: [("transpose", "clock")]}  # fmt: skip
-        chain = ([("bwdif", "mode=send_frame")] if deinterlace else []) + turns[rotation % 360 // 90 * 90]
-        self.graph = av.filter.Graph() if chain else None
-        self.waiting: deque[av.VideoFrame] = deque()
+    def __init__(self, first: av.VideoFrame, on: bool) -> None:
+        self.graph = av.filter.Graph() if on else None
+        self.waiting: deque[int] = deque()
         if self.graph is None:
             return
-        node = self.graph.add_buffer(
-            width=first.width, height=first.height, format=first.format.name, time_base=Fraction(1, 1000)
-        )
-        for name, arguments in [*chain, ("buffersink", "")]:
-            following = self.graph.add(name, arguments)
-            node.link_to(following)
-            node = following
+        clock = Fraction(1, 1000)
+        nodes = [
+            self.graph.add_buffer(width=first.width, height=first.height, format=first.format.name, time_base=clock),
+            self.graph.add("bwdif", "mode=send_frame"),
+            self.graph.add("buffersink"),
+        ]
+        for given, taken in itertools.pairwise(nodes):
+            given.link_to(taken)
         self.graph.configure()
 
-    def push(self, frame: av.VideoFrame | None) -> Iterator[av.VideoFrame]:
-        """Give a frame (None at the end); get those that are ready, each with its own first `pts`."""
+    def push(self, number: int, frame: av.VideoFrame | None) -> Iterator[tuple[int, av.VideoFrame]]:
+        """Give frame `number` (None at the end); get those that are ready, with their numbers."""
         if self.graph is None:
             if frame is not None:
-                yield frame
+                yield number, frame
             return
         if frame is not None:
-            self.waiting.append((frame.pts, frame.time_base))
-            frame.pts, frame.time_base = len(self.waiting), Fraction(1, 1000)
+            self.waiting.append(number)
+            frame.pts, frame.time_base = number, Fraction(1, 1000)
         self.graph.push(frame)
         while self.waiting:
             try:
                 ready = self.graph.pull()
             except (av.error.BlockingIOError, av.error.EOFError):
                 return
-            ready.pts, ready.time_base = self.waiting.popleft()
-            yield ready
+            yield self.waiting.popleft(), ready
 
 
 @dataclass(frozen=True)
@@ -237,17 +236,15 @@ class FileSource(Source):
         return 1 / aspect if rotation % 180 else aspect
 
     @staticmethod
-    def _announced(container: av.container.InputContainer, stream: av.VideoStream) -> float:
-        """How many frames the headers promise; 0 when they say nothing."""
-        if stream.frames:
-            return float(stream.frames)
-        rate = stream.average_rate or 0
+    def _announced(container: av.container.InputContainer, stream: av.VideoStream) -> tuple[int, float]:
+        """What the headers promise: how many frames, and the instant of the end in seconds; 0 for what they omit."""
+        end = 0.0
         if stream.duration:
-            return float(stream.duration * stream.time_base * rate)
-        if text := stream.metadata.get("DURATION"):
+            end = float((stream.duration + (stream.start_time or 0)) * stream.time_base)
+        elif text := stream.metadata.get("DURATION"):
             hours, minutes, seconds = text.split(":")
-            return float((int(hours) * 3600 + int(minutes) * 60 + float(seconds)) * rate)
-        return 0.0
+            end = int(hours) * 3600 + int(minutes) * 60 + float(seconds)
+        return stream.frames, end
 
     @cached_property
     def _index(self) -> _Index:
@@ -268,7 +265,9 @@ class FileSource(Source):
                     raise InputError(self._ends_early(len(stamps) + unknown, _reason(error))) from None
             tick = Fraction(stream.time_base)
         count = len(stamps) + unknown
-        if not self.keep_readable and count < 0.98 * self._expected - 2:
+        frames, end = self._expected
+        reached = float((max(stamps, default=0) + 1) * tick)
+        if not self.keep_readable and (count < 0.98 * frames - 2 or (not unknown and reached < 0.98 * end - 0.5)):
             raise InputError(self._ends_early(count))
         if unknown or len(set(stamps)) < count:
             return _Index(count, self.info.rate, True)
@@ -281,7 +280,9 @@ class FileSource(Source):
         return _Index(count, Fraction(count - 1) / (int(pts[-1] - pts[0]) * tick), False, pts, tick, origin)
 
     def _ends_early(self, count: int, reason: str = "") -> str:
-        about = f" of about {round(self._expected):,}" if self._expected else ""
+        frames, end = self._expected
+        expected = frames or round(end * self.info.rate)
+        about = f" of about {expected:,}" if expected else ""
         return (
             f"{self.path}: the file ends early: {count:,}{about} frames could be read"
             f"{f' ({reason})' if reason else ''} (use --keep-readable to go on with those)"
@@ -301,26 +302,28 @@ class FileSource(Source):
         times = self.times()
         # A deinterlacer looks one frame back and one ahead; with this margin frame `start` comes out the same.
         margin = 3 if self.deinterlace else 0
-        upright: _Upright | None = None
+        weaver: _Weaver | None = None
         reached = start
-        for number, native in self._numbered(max(0, start - margin), stop + margin):
-            if (native.width, native.height) != self._raw_size:
+        for number, native in itertools.chain(self._numbered(max(0, start - margin), stop + margin), [(-1, None)]):
+            if native is not None and (native.width, native.height) != self._raw_size:
                 raise InputError(
                     f"{self.path}: the picture changes size at frame {number}, from "
                     f"{self._raw_size[0]}x{self._raw_size[1]} to {native.width}x{native.height}"
                 )
-            upright = upright or _Upright(native, self.info.rotation, self.deinterlace)
-            native.pts = number
-            for ready in upright.push(native):
-                if start <= ready.pts < stop:
-                    reached = ready.pts + 1
-                    yield Frame(times[ready.pts], self.info.colour, ready)
-        for ready in upright.push(None) if upright else ():
-            if start <= ready.pts < stop:
-                reached = ready.pts + 1
-                yield Frame(times[ready.pts], self.info.colour, ready)
+            if native is not None and weaver is None:
+                weaver = _Weaver(native, self.deinterlace)
+            for index, ready in weaver.push(number, native) if weaver else ():
+                if start <= index < stop:
+                    reached = index + 1
+                    yield self._upright(Frame(times[index], self.info.colour, ready))
         if reached < stop and not self.keep_readable:
             raise InputError(self._ends_early(reached))
+
+    def _upright(self, frame: Frame) -> Frame:
+        """The way the camera was held. Turned as RGB: turning planes would move the chroma samples off their sites."""
+        if not self.info.rotation:
+            return frame
+        return Frame(frame.time, frame.colour, rgb=torch.rot90(frame.rgb, self.info.rotation // 90, (1, 2)))
 
     def _numbered(self, first: int, stop: int, seek: bool = True) -> Iterator[tuple[int, av.VideoFrame]]:
         """Decoded frames `first` to `stop` with their numbers, beginning at the nearest keyframe before."""

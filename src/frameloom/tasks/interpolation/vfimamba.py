@@ -98,9 +98,7 @@ class Triplets:
 
         # Rendered at twice the size: an aliased middle frame is sharper than any warp of its neighbours.
         speed = self.curriculum.motion(progress) / 2
-        world = WorldDataset(
-            "motion", 3, self.crop, self.crop, self.seed, length=2**48, motion=speed, supersample=2
-        )
+        world = WorldDataset("motion", 3, self.crop, self.crop, self.seed, length=2**48, motion=speed, supersample=2)
         rgb = world.batch(indices)["rgb"].clone()  # rendered under inference mode, which autograd refuses
         return {"pair": rgb[:, ::2], "middle": rgb[:, 1], "t": torch.full((len(rgb),), 0.5)}
 
@@ -419,9 +417,7 @@ class VFIMamba(nn.Module):
         return loss + 0.5 * sum(laplacian_loss(stage, batch["middle"]) for stage in made.stages)
 
     @torch.inference_mode()
-    def at(
-        self, frame0: Tensor, frame1: Tensor, t: float = 0.5, scale: float = 1.0, rotate: bool = False
-    ) -> Tensor:
+    def at(self, frame0: Tensor, frame1: Tensor, t: float = 0.5, scale: float = 1.0, rotate: bool = False) -> Tensor:
         """The frame at time `t` between two frames (3, h, w) or (b, 3, h, w) in [0, 1], of any size.
 
         `rotate` averages with the answer for the frames turned by 180 degrees.
@@ -456,9 +452,7 @@ class VFIMamba(nn.Module):
         try:
             config = Config(
                 width=len(state["feature_bone.block0.conv.0.weight"]),
-                depths=tuple(
-                    len({key.split(".")[3] for key in state if _is_layer(key, level)}) for level in range(5)
-                ),
+                depths=tuple(len({key.split(".")[3] for key in state if _is_layer(key, level)}) for level in range(5)),
                 states=state["feature_bone.block4.blocks.0.self_attention.A_logs"].shape[1],
                 local_blocks=len({key.split(".")[1] for key in state if key.startswith("local_block.")}),
                 unmerge="released",
@@ -501,7 +495,5 @@ def _read(path: Path) -> dict[str, Tensor]:
     if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
         raise InputError(f"{path}: holds no flat table of tensors; give a published checkpoint")
     return {
-        key.removeprefix("module."): value
-        for key, value in state.items()
-        if "attn_mask" not in key and "HW" not in key
+        key.removeprefix("module."): value for key, value in state.items() if "attn_mask" not in key and "HW" not in key
     }
