@@ -60,7 +60,7 @@ PRESETS = {
 
 
 RECIPES = {
-    "tiny": Recipe(steps=4000, batch_size=8, lr=1e-3, final_lr=2e-5, weight_decay=1e-4, ema=0.998,
+    "tiny": Recipe(steps=3000, batch_size=8, lr=1e-3, final_lr=2e-5, weight_decay=1e-4, ema=0.998,
                    bf16=True, channels_last=True),
     # Published rates and decay; as many steps as 300 passes over the 51,312 triplets of Vimeo-90K.
     "small": Recipe(steps=481_000, batch_size=32, lr=2e-4, final_lr=2e-5, warmup=2000, weight_decay=1e-4,
@@ -335,7 +335,7 @@ class VFIMamba(nn.Module):
 
     @classmethod
     def recipe(cls, size: str) -> Recipe:
-        """How a size is trained; `tiny` takes about an hour of two cores, rendering included."""
+        """How a size is trained; `tiny` takes under an hour of two cores, rendering included."""
         cls.preset(size)
         return RECIPES[size]
 
