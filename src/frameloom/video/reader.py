@@ -241,9 +241,8 @@ class FileSource(Source):
         end = 0.0
         if stream.duration:
             end = float((stream.duration + (stream.start_time or 0)) * stream.time_base)
-        elif text := stream.metadata.get("DURATION"):
-            hours, minutes, seconds = text.split(":")
-            end = int(hours) * 3600 + int(minutes) * 60 + float(seconds)
+        elif match := re.fullmatch(r"(\d+):(\d+):(\d+(?:\.\d+)?)", stream.metadata.get("DURATION", "")):
+            end = int(match[1]) * 3600 + int(match[2]) * 60 + float(match[3])
         return stream.frames, end
 
     @cached_property

@@ -23,6 +23,7 @@ from fractions import Fraction
 from pathlib import Path
 
 import av
+import torch
 
 from frameloom.errors import InputError, Interrupted
 from frameloom.progress import Progress, silent
@@ -106,6 +107,10 @@ def encoding_for(info: Info, codec: str, crf: int | None, preset: str | None, ti
     options = dict(spec.options)
     if spec.crf is not None:
         options["crf"] = str(spec.crf if crf is None else crf)
+    if codec == "h264" and torch.backends.cpu.get_cpu_capability() == "AVX512":
+        # x264's AVX-512 code reads beyond the picture when its width is no multiple of 64: the same input then
+        # encodes to different bytes from run to run, and a resumed file would not equal an undisturbed one.
+        options["x264-params"] = "asm=AVX2"
     if spec.preset is not None:
         options["cpu-used" if codec == "vp9" else "preset"] = preset or spec.preset
     elif preset:
@@ -168,11 +173,11 @@ def write(
     except KeyboardInterrupt:
         kept = len(list(partial.glob("*.nut"))) * SEGMENT
         raise Interrupted(f"{path}: stopped; {kept} frames are kept, the same command with --resume goes on") from None
-    except OSError as error:
+    except (OSError, av.error.FFmpegError) as error:
         shutil.rmtree(partial, ignore_errors=True)
         if error.errno in (errno.ENOSPC, errno.EFBIG, errno.EDQUOT):
             raise InputError(f"{path}: the disk is full; nothing was kept") from None
-        raise InputError(f"{path}: cannot be written ({error.strerror or error})") from None
+        raise InputError(f"{path}: cannot be written as {_name(encoding)} ({error.strerror or error})") from None
     except BaseException:
         shutil.rmtree(partial, ignore_errors=True)
         raise
@@ -241,10 +246,10 @@ def _encode_segment(
             picture = tag(frame.to_native(encoding.pix_fmt, encoding.colour), encoding.colour)
             picture.pts, picture.time_base = round(frame.time / encoding.time_base), encoding.time_base
             picture.pict_type = av.video.frame.PictureType.NONE
-            container.mux(_encode(stream, picture, encoding))
+            container.mux(stream.encode(picture))
             count += 1
             progress("encoding", first + count, total)
-        container.mux(_encode(stream, None, encoding))
+        container.mux(stream.encode(None))
     os.replace(temporary, target)
     return count
 
@@ -266,14 +271,9 @@ def _video_stream(container: av.container.OutputContainer, encoding: Encoding, s
     return stream
 
 
-def _encode(stream: av.VideoStream, picture: av.VideoFrame | None, encoding: Encoding) -> list[av.Packet]:
-    try:
-        return stream.encode(picture)
-    except (av.error.ValueError, av.error.ExternalError, av.error.PatchWelcomeError) as error:
-        raise InputError(
-            f"{encoding.encoder} cannot encode {encoding.width}x{encoding.height} {encoding.pix_fmt} with "
-            f"{dict(encoding.options)} ({error.strerror})"
-        ) from None
+def _name(encoding: Encoding) -> str:
+    settings = " ".join(f"{key}={value}" for key, value in encoding.options if "params" not in key)
+    return f"{encoding.encoder} {encoding.width}x{encoding.height} {encoding.pix_fmt} {settings}".strip()
 
 
 def _join(segments: list[Path], target: Path, suffix: str, encoding: Encoding, passthrough: Passthrough | None) -> None:
