@@ -64,8 +64,12 @@ def ground(rng: np.random.Generator, textures: tuple[int, ...] = (NOISE, CHECKS,
     else:
         number = int(rng.choice(GROUNDS))
         tint = tuple(0.45 + 0.75 * value for value in high)
-        turn = rotation((0, 0, 1), rng.uniform(0.2, 1.3, 1))[0]  # keeps the mirrored edges out of line with the view
-        surface = Surface(PHOTOGRAPH, ((0.1, 0.1, 0.1), tint), 0.3, turn, (*rng.uniform(size=2), 0.0), number, 0.0)
+        turn = rotation((0, 0, 1), rng.uniform(0.2, 1.3, 1))[
+            0
+        ]  # keeps the mirrored edges out of line with the view
+        surface = Surface(
+            PHOTOGRAPH, ((0.1, 0.1, 0.1), tint), 0.3, turn, (*rng.uniform(size=2), 0.0), number, 0.0
+        )
     return Part(PLANE, 0, fixed(LEVEL * 58.0, np.zeros(3)), surface)
 
 
@@ -251,7 +255,9 @@ def flyover(rng: np.random.Generator, duration: float, fps: float, motion: float
         target = ahead * np.stack([1 - 0.3 * sway, 0.32 + 0 * sway, 1 - 0.3 * sway], -1)
         return look_at(path(times), target)
 
-    return Scene("flyover", parts, bodies, camera, focal, duration, action="right" if clockwise > 0 else "left")
+    return Scene(
+        "flyover", parts, bodies, camera, focal, duration, action="right" if clockwise > 0 else "left"
+    )
 
 
 def still_at(where: np.ndarray) -> Callable[[Times], Vectors]:

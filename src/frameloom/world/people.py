@@ -189,7 +189,7 @@ def talk(
         pitch = nod * np.sin(2 * np.pi * 1.7 * tempo * times + phases[1])
         return pose(rotation((0, 1, 0), yaw) @ rotation((1, 0, 0), pitch), centre)
 
-    def on_head(linear: np.ndarray, at: tuple[float, float, float]) -> Callable:
+    def on_head(linear: np.ndarray, at: tuple[float | int, ...]) -> Callable:
         return lambda times: pose_of_head(times) @ pose(linear, np.array(at))
 
     def plain(colour: tuple[float, ...], light: float = 1.0) -> Surface:
@@ -207,7 +207,7 @@ def talk(
 
     face = Surface(NOISE, (shade(skin, 0.86), skin), 0.3, random_turn(rng))
     shirt = str(rng.choice(list(COLOURS)))
-    parts = [dome(rng), Part(SPHERE, 1, on_head(np.diag([0.82, 1.08, 0.88]), (0, 0, 0)), face)]
+    parts = [dome(rng), Part(SPHERE, 1, on_head(np.diag([0.82, 1.08, 0.88]), (0.0, 0.0, 0.0)), face)]
     parts.append(Part(SPHERE, 1, on_head(np.diag([0.9, 0.92, 0.9]), (0, 0.36, -0.2)), plain(hair)))
     parts.append(
         Part(SPHERE, 1, on_head(np.diag([0.11, 0.18, 0.16]), (0, -0.1, 0.86)), plain(shade(skin, 0.95)))

@@ -54,8 +54,8 @@ class World:
         kind: str,
         seeds: Sequence[int],
         frames: int = 16,
-        fps: float = 8,
-        motion: float | None = None,
+        fps: float | int = 8,
+        motion: float | int | None = None,
         size: int = 64,
         device: str | torch.device = "cpu",
         voice: Sequence[np.ndarray] | None = None,
@@ -83,7 +83,7 @@ class World:
         """The instants of the frames in seconds."""
         return np.arange(self.frames) / self.fps
 
-    def poses(self, times: np.ndarray, views: int | None = None, arc: float = 360.0) -> np.ndarray:
+    def poses(self, times: np.ndarray, views: int | None = None, arc: float | int = 360.0) -> np.ndarray:
         """World-from-camera matrices `(b, v, t, 4, 4)` at any instants; v is 1 when `views` is None."""
         turns = [np.deg2rad(arc) * v / (views or 1) for v in range(views or 1)]
         return np.stack([
@@ -91,7 +91,7 @@ class World:
         ])  # fmt: skip
 
     def cameras(
-        self, height: int, width: int, views: int | None = None, arc: float = 360.0
+        self, height: int, width: int, views: int | None = None, arc: float | int = 360.0
     ) -> tuple[Float[Tensor, "b 3 3"], Tensor]:
         """Intrinsics `(b, 3, 3)` and world-from-camera poses `(b, t, 4, 4)`, or `(b, v, t, 4, 4)` with `views`.
 
@@ -105,7 +105,7 @@ class World:
         return intrinsics.to(self.device), (poses if views else poses[:, 0]).to(self.device)
 
     def trajectories(
-        self, height: int, width: int, views: int | None = None, arc: float = 360.0
+        self, height: int, width: int, views: int | None = None, arc: float | int = 360.0
     ) -> dict[str, Tensor]:
         """Where the bodies are, the background (all zeros but its box) first; k as in the masks.
 
@@ -149,7 +149,7 @@ class World:
         return found | {"present": present.to(self.device)}
 
     def joints(
-        self, height: int, width: int, views: int | None = None, arc: float = 360.0
+        self, height: int, width: int, views: int | None = None, arc: float | int = 360.0
     ) -> tuple[Float[Tensor, "b t j 3"], Tensor]:
         """A figure's joints (named by `JOINTS`) in the world and in pixels, `(b, t, j, 2)` or `(b, v, t, j, 2)`.
 
@@ -199,7 +199,7 @@ class World:
         return np.array([scene.focal for scene in self.scenes]) * min(height, width)
 
     def _renderer(
-        self, times: np.ndarray, height: int, width: int, views: int | None, arc: float
+        self, times: np.ndarray, height: int, width: int, views: int | None, arc: float | int
     ) -> Renderer:
         matrices = place(self.scenes, self.poses(times, views, arc), times, self.parts.shapes.shape[1])
         scene = np.repeat(np.arange(len(self.scenes)), (views or 1) * len(times))
@@ -215,9 +215,9 @@ class World:
         outputs: Sequence[str] = ("rgb",),
         supersample: int = 1,
         blur: int = 1,
-        noise: float = 0.0,
+        noise: float | int = 0.0,
         views: int | None = None,
-        arc: float = 360.0,
+        arc: float | int = 360.0,
         start: int = 0,
         stop: int | None = None,
     ) -> dict[str, Tensor]:
@@ -293,7 +293,7 @@ class World:
                 pieces.setdefault(name, []).append(value)
         return {name: torch.cat(values) for name, values in pieces.items()}
 
-    def _noisy(self, rgb: Tensor, noise: float, start: int) -> Tensor:
+    def _noisy(self, rgb: Tensor, noise: float | int, start: int) -> Tensor:
         """Gaussian noise from a generator of its own for every frame, so that a frame has the same in any window."""
         grain = torch.empty_like(rgb, device="cpu")
         for b, seed in enumerate(self.seeds):
