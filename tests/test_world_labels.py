@@ -55,7 +55,7 @@ def hue_name(rgb):
 
 
 def direction(found, k):
-    """What the trajectory of body k shows: its picture's displacement, or its depth's where that is larger."""
+    """What the trajectory of body k shows: the displacement of its depth, or else of its picture."""
     dx, dy = (found["points"][0, -1, k] - found["points"][0, 0, k]).tolist()
     away = float(found["depths"][0, -1, k] - found["depths"][0, 0, k])
     if abs(away) > 0.5:

@@ -118,13 +118,13 @@ def _mover(rng: np.random.Generator, colour: str, lane: float, duration: float, 
     if moves in ("left", "right"):
         sign = 1 if moves == "right" else -1
         begin[0] = -sign * rng.uniform(0.6, 2.0)
-        end = begin + (sign * reach, 0, 0)
+        end = begin + np.array([sign * reach, 0, 0])
     elif moves in ("closer", "away"):
         sign = 1 if moves == "closer" else -1
         begin[2] = -sign * reach / 2
-        end = begin + (0, 0, sign * reach)
+        end = begin + np.array([0, 0, sign * reach])
     elif moves in ("up", "down"):
-        top = begin + (0, rng.uniform(0.9, 1.5), 0)
+        top = begin + np.array([0, rng.uniform(0.9, 1.5), 0])
         begin, end = (begin, top) if moves == "up" else (top, begin)
     if end is None:
         return Body(word, colour, size, lambda times, at=begin: np.repeat(at[None], len(times), 0), radius)
@@ -212,13 +212,18 @@ def flyover(rng: np.random.Generator, duration: float, fps: float, motion: float
         form = ("panel", "box", "panel", "ball", "capsule")[i % 5]
         index = len(bodies)
         if form == "panel":
-            bodies.append(Body("panel", None, None, still_at(where + (0, size + 0.15, 0)), size))
+            bodies.append(Body("panel", None, None, still_at(where + np.array([0, size + 0.15, 0])), size))
             parts.append(
-                Part(BOX, index, fixed(facing * (size, size, 0.06), where + (0, size + 0.15, 0)), photo)
+                Part(
+                    BOX,
+                    index,
+                    fixed(facing * (size, size, 0.06), where + np.array([0, size + 0.15, 0])),
+                    photo,
+                )
             )
         elif form == "box":
-            bodies.append(Body("box", None, None, still_at(where + (0, size, 0)), size))
-            parts.append(Part(BOX, index, fixed(facing * size, where + (0, size, 0)), photo))
+            bodies.append(Body("box", None, None, still_at(where + np.array([0, size, 0])), size))
+            parts.append(Part(BOX, index, fixed(facing * size, where + np.array([0, size, 0])), photo))
         else:
             texture = int(rng.choice((NOISE, STRIPES, CHECKS)))
             surface = Surface(
@@ -226,7 +231,7 @@ def flyover(rng: np.random.Generator, duration: float, fps: float, motion: float
             )
             half = 1.2 if form == "capsule" else 0.0
             radius = size * (0.55 if form == "capsule" else 0.9)
-            centre = where + (0, radius * (1 + half), 0)
+            centre = where + np.array([0, radius * (1 + half), 0])
             bodies.append(Body(form, None, None, still_at(centre), radius))
             parts.append(
                 Part(CAPSULE if half else SPHERE, index, fixed(facing * radius, centre), surface, half=half)
@@ -267,7 +272,8 @@ def still_at(where: np.ndarray) -> Callable[[Times], Vectors]:
 def motion(rng: np.random.Generator, duration: float, fps: float, motion: float) -> Scene:
     """Two to six textured shapes and photographs that swing and turn before a backdrop; the camera moves too.
 
-    Each peaks at a speed drawn up to `motion` (a fraction of the picture a frame), small speeds as often as large.
+    Each peaks at a speed drawn up to `motion` (a fraction of the picture a frame), small speeds as often as
+    large.
     """
     focal, distance = 1.2, 7.0
     parts, bodies = [], [Body("background")]

@@ -1,5 +1,6 @@
 """Captions, events and questions of a scene, all read off its trajectories, in a closed vocabulary."""
 
+from itertools import pairwise
 from typing import NamedTuple
 
 import numpy as np
@@ -9,20 +10,8 @@ from frameloom.world.scene import COLOURS, Body, Scene
 from frameloom.world.sound import RATE, envelope
 
 NUMBERS = (
-    "zero",
-    "one",
-    "two",
-    "three",
-    "four",
-    "five",
-    "six",
-    "seven",
-    "eight",
-    "nine",
-    "ten",
-    "eleven",
-    "twelve",
-)
+    "zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten", "eleven", "twelve",
+)  # fmt: skip
 _WAYS = {
     "left": "left",
     "right": "right",
@@ -32,10 +21,10 @@ _WAYS = {
     "down": "down",
 }
 _SENTENCES = (
-    "a small large ball box capsule person panel shapes objects balls boxes capsules",
+    "a small large ball box capsule person shapes objects balls boxes capsules",
     "rolls slides rises sinks stands still bounces hits hit ground starts to move moves stops it does not",
-    "walks waves squats talks is silent in shirt with eyes camera flies forward and turns turn textured among",
-    "that behind front of passes the",
+    "walks waves squats talks is silent in shirt with eyes camera flies forward and turns turn textured",
+    "among that behind front of passes the",
     "how many are there times what colour shape object which way who nearer at start or first do pass yes no",
 )
 VOCABULARY = sorted(
@@ -183,7 +172,7 @@ def bursts(scene: Scene) -> list[tuple[float, float, bool]]:
     edges = np.flatnonzero(np.diff(loud.astype(int))) + 1
     cuts = [0, *edges.tolist(), len(loud)]
     runs: list[tuple[float, float, bool]] = []
-    for begin, end in zip(cuts[:-1], cuts[1:], strict=True):
+    for begin, end in pairwise(cuts):
         sounding = bool(loud[begin]) or (end - begin) / RATE < 0.15
         if runs and runs[-1][2] == sounding:
             runs[-1] = (runs[-1][0], end / RATE, sounding)

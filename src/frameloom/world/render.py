@@ -1,12 +1,12 @@
 """From placed parts to pictures and their labels, a few rows (frames) at a time.
 
 Everything dense follows from one relation: the point seen at depth z through (x, y) has coordinates
-`local_from_camera(t) @ (x z, y z, z, 1)` on its part, and the part's own motion and the other frame's camera are one more
-matrix. Flow is that matrix and a division; occlusion is a ray cast back at the carried point.
+`local_from_camera(t) @ (x z, y z, z, 1)` on its part, and the part's own motion and the other frame's camera
+are one more matrix. Flow is that matrix and a division; occlusion is a ray cast back at the carried point.
 
-The shade is Lambert's, softened, and is fixed to the surface (the light is seen from the part as it lies at mid clip):
-with light that stays in the world or glints at the camera, a turning surface would change its colour and no flow could
-warp one frame onto the next exactly.
+The shade is Lambert's, softened, and is fixed to the surface (the light is seen from the part as it lies at
+mid clip): with light that stays in the world or glints at the camera, a turning surface would change its
+colour and no flow could warp one frame onto the next exactly.
 """
 
 from dataclasses import dataclass
@@ -129,7 +129,7 @@ class Renderer:
     def rows(
         self, rows: slice, outputs: set[str], supersample: int, forward: np.ndarray, backward: np.ndarray
     ) -> dict[str, Tensor]:
-        """The outputs of some rows. `forward[r]` is the row of the next frame, `backward[r]` of the last one."""
+        """The outputs of some rows; `forward[r]` is the row of the next frame, `backward[r]` of the last."""
         made: dict[str, Tensor] = {}
         table = self.table[rows]
         matrices = table[..., _LOCAL].unflatten(-1, (3, 4))

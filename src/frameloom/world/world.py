@@ -41,7 +41,8 @@ class World:
         kind: `"objects"` (one to three coloured shapes that move), `"flyover"` (a camera over photographs),
             `"motion"` (textured shapes and photographs in any motion), `"bounce"` (a ball and its impacts),
             `"figure"` (a person of capsules with joints), `"talk"` (a head whose mouth follows a voice).
-        motion: for `"flyover"` the typical flow, for `"motion"` the highest speed of a body, in pixels a frame of a
+        motion: for `"flyover"` the typical flow, for `"motion"` the highest speed of a body, in pixels a
+        frame of a
             picture whose shorter side is `size`. The other kinds have their own pace.
         voice: for `"talk"`, one waveform at 16 kHz a scene; None makes voices up.
 
@@ -87,13 +88,15 @@ class World:
         """World-from-camera matrices `(b, v, t, 4, 4)` at any instants; v is 1 when `views` is None."""
         turns = [np.deg2rad(arc) * v / (views or 1) for v in range(views or 1)]
         return np.stack([
-            np.stack([orbit(scene.camera(times), scene.pivot, turn) for turn in turns]) for scene in self.scenes
+            np.stack([orbit(scene.camera(times), scene.pivot, turn) for turn in turns]) for scene in
+            self.scenes
         ])  # fmt: skip
 
     def cameras(
         self, height: int, width: int, views: int | None = None, arc: float | int = 360.0
     ) -> tuple[Float[Tensor, "b 3 3"], Tensor]:
-        """Intrinsics `(b, 3, 3)` and world-from-camera poses `(b, t, 4, 4)`, or `(b, v, t, 4, 4)` with `views`.
+        """Intrinsics `(b, 3, 3)` and world-from-camera poses `(b, t, 4, 4)`, or `(b, v, t, 4, 4)` with
+        `views`.
 
         Pixel j covers [j, j + 1); camera axes are x right, y down, z forward.
         """
@@ -109,10 +112,10 @@ class World:
     ) -> dict[str, Tensor]:
         """Where the bodies are, the background (all zeros but its box) first; k as in the masks.
 
-        Returns `centres` `(b, t, k, 3)` in the world; `points` `(b, t, k, 2)`, their pictures in pixels; `depths`
-        `(b, t, k)`; `boxes` `(b, t, k, 4)` (x0, y0, x1, y1) in pixels, cut at the picture's edges, whether or
-        not the body is hidden; `present` `(b, k)`. With `views`, points, depths and boxes have a dimension v
-        after b.
+        Returns `centres` `(b, t, k, 3)` in the world; `points` `(b, t, k, 2)`, their pictures in pixels;
+        `depths` `(b, t, k)`; `boxes` `(b, t, k, 4)` (x0, y0, x1, y1) in pixels, cut at the picture's edges,
+        whether or not the body is hidden; `present` `(b, k)`. With `views`, points, depths and boxes have a
+        dimension v after b.
         """
         count, times = BODIES[self.kind], self.times
         poses = self.poses(times, views, arc)
@@ -151,7 +154,8 @@ class World:
     def joints(
         self, height: int, width: int, views: int | None = None, arc: float | int = 360.0
     ) -> tuple[Float[Tensor, "b t j 3"], Tensor]:
-        """A figure's joints (named by `JOINTS`) in the world and in pixels, `(b, t, j, 2)` or `(b, v, t, j, 2)`.
+        """A figure's joints (named by `JOINTS`) in the world and in pixels, `(b, t, j, 2)` or `(b, v, t, j,
+        2)`.
 
         Raises:
             InputError: another kind than `"figure"`.
@@ -227,15 +231,16 @@ class World:
             outputs: of
                 `rgb` `(b, t, 3, h, w)` in [0, 1];
                 `depth` `(b, t, 1, h, w)` along the optical axis;
-                `flow` `(b, t-1, 2, h, w)` from frame k to k + 1 and `backward_flow` from k + 1 to k, pixels, x first;
-                `occlusion`, `backward_occlusion` `(b, t-1, 1, h, w)`: 1 where the point of the flow is hidden or out
-                of the picture in the other frame, else 0;
+                `flow` `(b, t-1, 2, h, w)` from frame k to k + 1 and `backward_flow` from k + 1 to k, pixels,
+                x first; `occlusion`, `backward_occlusion` `(b, t-1, 1, h, w)`: 1 where the point of the flow
+                is hidden or out of the picture in the other frame, else 0;
                 `masks` `(b, t, k, h, w)`: one-hot, the background first.
                 Labels hold at pixel centres.
             supersample: pictures are rendered so many times as high and wide and averaged.
             blur: number of instants averaged into a picture over half a frame's time (a 180 degree shutter).
             noise: standard deviation of the sensor's noise; it differs from frame to frame and view to view.
-            views: None, or the number v of cameras; then every output has a dimension v after b. View i is the first
+            views: None, or the number v of cameras; then every output has a dimension v after b. View i is
+            the first
                 one carried round the scene by `arc * i / v` degrees.
 
         Raises:
@@ -277,7 +282,7 @@ class World:
     def _rows(
         self, renderer: Renderer, frames: int, outputs: set[str], supersample: int
     ) -> dict[str, Tensor]:
-        """All rows of a renderer, a few at a time. Labels of a row look at rows before and after it in its clip."""
+        """All rows of a renderer, a few at a time; labels of a row look at its clip's rows beside it."""
         count = len(renderer.focal)
         index = np.arange(count)
         forward = np.where((index + 1) % frames == 0, index, index + 1)
@@ -294,7 +299,7 @@ class World:
         return {name: torch.cat(values) for name, values in pieces.items()}
 
     def _noisy(self, rgb: Tensor, noise: float | int, start: int) -> Tensor:
-        """Gaussian noise from a generator of its own for every frame, so that a frame has the same in any window."""
+        """Gaussian noise, a generator a frame: a frame has the same noise in any window."""
         grain = torch.empty_like(rgb, device="cpu")
         for b, seed in enumerate(self.seeds):
             for v in range(rgb.shape[1]):
