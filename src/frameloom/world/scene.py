@@ -45,8 +45,8 @@ class Part:
     """A unit primitive and the affine map that places it in the world at given instants (seconds).
 
     Unit primitives: sphere of radius 1; box and plane (z = 0) over [-1, 1]; capsule of radius 1 about the y
-    axis with segment ends at y = -half and y = half. The light comes from `light`; a rolling ball is lit along
-    its axis of rotation, so that its shade stays put.
+    axis with segment ends at y = -half and y = half. The light comes from `light`; a rolling ball is lit
+    along its axis of rotation, so that its shade stays put.
     """
 
     shape: int
