@@ -297,3 +297,10 @@ def test_occlusion_is_what_a_ball_covers_and_uncovers():
     assert torch.equal(made["occlusion"][0, :, 0][ground[:-1]], ball[1:][ground[:-1]])
     assert torch.equal(made["backward_occlusion"][0, :, 0][ground[1:]], ball[:-1][ground[1:]])
     assert made["occlusion"].sum() > 0
+
+
+def test_a_flying_camera_never_enters_anything():
+    # From inside a body its nearest wall fills a picture's worth of directions; from outside the ground and sky show.
+    depth = World("flyover", range(10), frames=40, fps=2, motion=6).render(12, 16, ("depth",))["depth"]
+    assert depth.amin(dim=(2, 3, 4)).min() > 0.15
+    assert depth.amax(dim=(2, 3, 4)).min() > 5

@@ -43,6 +43,8 @@ SOILS = (
     ((0.46, 0.45, 0.52), (0.72, 0.70, 0.76)),
     ((0.60, 0.54, 0.46), (0.84, 0.78, 0.68)),
 )
+# The photographs of materials are grey.
+TINTS = dict(zip(GROUNDS, ((1.15, 0.82, 0.66), (0.78, 1.05, 0.5), (1.05, 0.98, 0.88)), strict=True))
 SIZES = {"small": 0.36, "large": 0.66}
 
 
@@ -63,7 +65,7 @@ def ground(rng: np.random.Generator, textures: tuple[int, ...] = (NOISE, CHECKS,
         surface = Surface(CHECKS, (middle, high), 0.4, offset=(*rng.uniform(size=2), 0.5), light=0.0)
     else:
         number = int(rng.choice(GROUNDS))
-        tint = tuple(0.45 + 0.75 * value for value in high)
+        tint = TINTS[number]
         turn = rotation((0, 0, 1), rng.uniform(0.2, 1.3, 1))[
             0
         ]  # keeps the mirrored edges out of line with the view
@@ -200,16 +202,17 @@ def flyover(rng: np.random.Generator, duration: float, fps: float, motion: float
     slots = np.linspace(0, 2 * np.pi, 15)[:-1] + rng.uniform(-0.1, 0.1, 14)
     for i, angle in enumerate(slots):
         inside = i % 2 == 0
-        distance = rng.uniform(3.6, 5.4) if inside else rng.uniform(9.4, 11.2)
+        distance = rng.uniform(4.2, 5.2) if inside else rng.uniform(9.6, 10.8)
         where = np.array([np.cos(angle), 0.0, np.sin(angle)]) * distance
         facing = rotation(
             (0, 1, 0), np.array([np.pi / 2 - angle + (0.0 if inside else np.pi) + rng.uniform(-0.4, 0.4)])
         )[0]
-        size = rng.uniform(0.9, 1.4)
+        form = ("panel", "box", "panel", "ball", "capsule")[i % 5]
+        # Nothing reaches the ring that the camera flies along.
+        size = rng.uniform(0.9, 1.4) * (0.7 if form == "box" else 1.0)
         colour = COLOURS[str(rng.choice(list(COLOURS)))]
         photo = Surface(PHOTOGRAPH, ((0.0,) * 3, (1.0,) * 3), 0.5 / size, offset=(0.5, 0.5, 0.5),
                         photograph=int(pictures[i % len(pictures)]), light=0.35)  # fmt: skip
-        form = ("panel", "box", "panel", "ball", "capsule")[i % 5]
         index = len(bodies)
         if form == "panel":
             bodies.append(Body("panel", None, None, still_at(where + np.array([0, size + 0.15, 0])), size))
@@ -257,7 +260,7 @@ def flyover(rng: np.random.Generator, duration: float, fps: float, motion: float
 
         ahead = path(times + 5.0 / speed)
         sway = 0.3 + 0.15 * np.sin(speed * times / 4 + bob[2])
-        target = ahead * np.stack([1 - 0.3 * sway, 0.32 + 0 * sway, 1 - 0.3 * sway], -1)
+        target = ahead * np.stack([1 - 0.3 * sway, 0.5 + 0 * sway, 1 - 0.3 * sway], -1)
         return look_at(path(times), target)
 
     return Scene(
