@@ -1,4 +1,4 @@
-"""Labelled synthetic video, exact by construction: scenes of analytic shapes traced in PyTorch, a seed each."""
+"""Labelled synthetic video, exact by construction: analytic shapes traced in PyTorch, one seed a scene."""
 
 from frameloom.world.dataset import WorldDataset, clip
 from frameloom.world.language import VOCABULARY, Event, Question

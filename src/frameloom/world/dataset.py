@@ -38,8 +38,8 @@ class WorldDataset(Dataset):
         seed: int = 0,
         length: int = 1000,
         outputs: Sequence[str] = ("rgb",),
-        fps: float = 8,
-        motion: float | None = None,
+        fps: float | int = 8,
+        motion: float | int | None = None,
         device: str | torch.device = "cpu",
         **render: Any,
     ) -> None:
@@ -102,9 +102,9 @@ def clip(
     frames: int = 48,
     height: int = 256,
     width: int = 384,
-    fps: float = 24,
+    fps: float | int = 24,
     supersample: int = 2,
-    motion: float | None = None,
+    motion: float | int | None = None,
     device: str | torch.device = "cpu",
 ) -> Clip:
     """A synthetic scene as a lazy clip; `motion` is in pixels a frame at this height and width."""

@@ -4,6 +4,8 @@ World axes: x right, y up, z towards the viewer of the default camera. Camera ax
 z forward. Matrices are 4x4 and named target_from_source.
 """
 
+from collections.abc import Sequence
+
 import numpy as np
 from jaxtyping import Float
 
@@ -13,7 +15,7 @@ Poses = Float[np.ndarray, "t 4 4"]
 Times = Float[np.ndarray, "t"]
 
 
-def rotation(axis: tuple[float, float, float], angle: Times) -> Rotations:
+def rotation(axis: Sequence[float | int] | np.ndarray, angle: Times) -> Rotations:
     """Rotation by `angle` radians about `axis` (right-handed, any length), one matrix an angle."""
     x, y, z = np.asarray(axis, dtype=float) / np.linalg.norm(axis)
     cross = np.array([[0, -z, y], [z, 0, -x], [-y, x, 0]])

@@ -43,6 +43,8 @@ SOILS = (
     ((0.46, 0.45, 0.52), (0.72, 0.70, 0.76)),
     ((0.60, 0.54, 0.46), (0.84, 0.78, 0.68)),
 )
+# The photographs of materials are grey.
+TINTS = dict(zip(GROUNDS, ((1.15, 0.82, 0.66), (0.78, 1.05, 0.5), (1.05, 0.98, 0.88)), strict=True))
 SIZES = {"small": 0.36, "large": 0.66}
 
 
@@ -63,9 +65,13 @@ def ground(rng: np.random.Generator, textures: tuple[int, ...] = (NOISE, CHECKS,
         surface = Surface(CHECKS, (middle, high), 0.4, offset=(*rng.uniform(size=2), 0.5), light=0.0)
     else:
         number = int(rng.choice(GROUNDS))
-        tint = tuple(0.45 + 0.75 * value for value in high)
-        turn = rotation((0, 0, 1), rng.uniform(0.2, 1.3, 1))[0]  # keeps the mirrored edges out of line with the view
-        surface = Surface(PHOTOGRAPH, ((0.1, 0.1, 0.1), tint), 0.3, turn, (*rng.uniform(size=2), 0.0), number, 0.0)
+        tint = TINTS[number]
+        turn = rotation((0, 0, 1), rng.uniform(0.2, 1.3, 1))[
+            0
+        ]  # keeps the mirrored edges out of line with the view
+        surface = Surface(
+            PHOTOGRAPH, ((0.1, 0.1, 0.1), tint), 0.3, turn, (*rng.uniform(size=2), 0.0), number, 0.0
+        )
     return Part(PLANE, 0, fixed(LEVEL * 58.0, np.zeros(3)), surface)
 
 
@@ -114,13 +120,13 @@ def _mover(rng: np.random.Generator, colour: str, lane: float, duration: float, 
     if moves in ("left", "right"):
         sign = 1 if moves == "right" else -1
         begin[0] = -sign * rng.uniform(0.6, 2.0)
-        end = begin + (sign * reach, 0, 0)
+        end = begin + np.array([sign * reach, 0, 0])
     elif moves in ("closer", "away"):
         sign = 1 if moves == "closer" else -1
         begin[2] = -sign * reach / 2
-        end = begin + (0, 0, sign * reach)
+        end = begin + np.array([0, 0, sign * reach])
     elif moves in ("up", "down"):
-        top = begin + (0, rng.uniform(0.9, 1.5), 0)
+        top = begin + np.array([0, rng.uniform(0.9, 1.5), 0])
         begin, end = (begin, top) if moves == "up" else (top, begin)
     if end is None:
         return Body(word, colour, size, lambda times, at=begin: np.repeat(at[None], len(times), 0), radius)
@@ -196,25 +202,31 @@ def flyover(rng: np.random.Generator, duration: float, fps: float, motion: float
     slots = np.linspace(0, 2 * np.pi, 15)[:-1] + rng.uniform(-0.1, 0.1, 14)
     for i, angle in enumerate(slots):
         inside = i % 2 == 0
-        distance = rng.uniform(3.6, 5.4) if inside else rng.uniform(9.4, 11.2)
+        distance = rng.uniform(4.2, 5.2) if inside else rng.uniform(9.6, 10.8)
         where = np.array([np.cos(angle), 0.0, np.sin(angle)]) * distance
         facing = rotation(
             (0, 1, 0), np.array([np.pi / 2 - angle + (0.0 if inside else np.pi) + rng.uniform(-0.4, 0.4)])
         )[0]
-        size = rng.uniform(0.9, 1.4)
+        form = ("panel", "box", "panel", "ball", "capsule")[i % 5]
+        # Nothing reaches the ring that the camera flies along.
+        size = rng.uniform(0.9, 1.4) * (0.7 if form == "box" else 1.0)
         colour = COLOURS[str(rng.choice(list(COLOURS)))]
         photo = Surface(PHOTOGRAPH, ((0.0,) * 3, (1.0,) * 3), 0.5 / size, offset=(0.5, 0.5, 0.5),
                         photograph=int(pictures[i % len(pictures)]), light=0.35)  # fmt: skip
-        form = ("panel", "box", "panel", "ball", "capsule")[i % 5]
         index = len(bodies)
         if form == "panel":
-            bodies.append(Body("panel", None, None, still_at(where + (0, size + 0.15, 0)), size))
+            bodies.append(Body("panel", None, None, still_at(where + np.array([0, size + 0.15, 0])), size))
             parts.append(
-                Part(BOX, index, fixed(facing * (size, size, 0.06), where + (0, size + 0.15, 0)), photo)
+                Part(
+                    BOX,
+                    index,
+                    fixed(facing * (size, size, 0.06), where + np.array([0, size + 0.15, 0])),
+                    photo,
+                )
             )
         elif form == "box":
-            bodies.append(Body("box", None, None, still_at(where + (0, size, 0)), size))
-            parts.append(Part(BOX, index, fixed(facing * size, where + (0, size, 0)), photo))
+            bodies.append(Body("box", None, None, still_at(where + np.array([0, size, 0])), size))
+            parts.append(Part(BOX, index, fixed(facing * size, where + np.array([0, size, 0])), photo))
         else:
             texture = int(rng.choice((NOISE, STRIPES, CHECKS)))
             surface = Surface(
@@ -222,7 +234,7 @@ def flyover(rng: np.random.Generator, duration: float, fps: float, motion: float
             )
             half = 1.2 if form == "capsule" else 0.0
             radius = size * (0.55 if form == "capsule" else 0.9)
-            centre = where + (0, radius * (1 + half), 0)
+            centre = where + np.array([0, radius * (1 + half), 0])
             bodies.append(Body(form, None, None, still_at(centre), radius))
             parts.append(
                 Part(CAPSULE if half else SPHERE, index, fixed(facing * radius, centre), surface, half=half)
@@ -248,10 +260,12 @@ def flyover(rng: np.random.Generator, duration: float, fps: float, motion: float
 
         ahead = path(times + 5.0 / speed)
         sway = 0.3 + 0.15 * np.sin(speed * times / 4 + bob[2])
-        target = ahead * np.stack([1 - 0.3 * sway, 0.32 + 0 * sway, 1 - 0.3 * sway], -1)
+        target = ahead * np.stack([1 - 0.3 * sway, 0.5 + 0 * sway, 1 - 0.3 * sway], -1)
         return look_at(path(times), target)
 
-    return Scene("flyover", parts, bodies, camera, focal, duration, action="right" if clockwise > 0 else "left")
+    return Scene(
+        "flyover", parts, bodies, camera, focal, duration, action="right" if clockwise > 0 else "left"
+    )
 
 
 def still_at(where: np.ndarray) -> Callable[[Times], Vectors]:
@@ -261,7 +275,8 @@ def still_at(where: np.ndarray) -> Callable[[Times], Vectors]:
 def motion(rng: np.random.Generator, duration: float, fps: float, motion: float) -> Scene:
     """Two to six textured shapes and photographs that swing and turn before a backdrop; the camera moves too.
 
-    Each peaks at a speed drawn up to `motion` (a fraction of the picture a frame), small speeds as often as large.
+    Each peaks at a speed drawn up to `motion` (a fraction of the picture a frame), small speeds as often as
+    large.
     """
     focal, distance = 1.2, 7.0
     parts, bodies = [], [Body("background")]

@@ -1,5 +1,6 @@
 """Captions, events and questions of a scene, all read off its trajectories, in a closed vocabulary."""
 
+from itertools import pairwise
 from typing import NamedTuple
 
 import numpy as np
@@ -8,7 +9,9 @@ from frameloom.world.geometry import project
 from frameloom.world.scene import COLOURS, Body, Scene
 from frameloom.world.sound import RATE, envelope
 
-NUMBERS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten", "eleven", "twelve")
+NUMBERS = (
+    "zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten", "eleven", "twelve",
+)  # fmt: skip
 _WAYS = {
     "left": "left",
     "right": "right",
@@ -18,10 +21,10 @@ _WAYS = {
     "down": "down",
 }
 _SENTENCES = (
-    "a small large ball box capsule person panel shapes objects balls boxes capsules",
+    "a small large ball box capsule person shapes objects balls boxes capsules",
     "rolls slides rises sinks stands still bounces hits hit ground starts to move moves stops it does not",
-    "walks waves squats talks is silent in shirt with eyes camera flies forward and turns turn textured among",
-    "that behind front of passes the",
+    "walks waves squats talks is silent in shirt with eyes camera flies forward and turns turn textured",
+    "among that behind front of passes the",
     "how many are there times what colour shape object which way who nearer at start or first do pass yes no",
 )
 VOCABULARY = sorted(
@@ -152,7 +155,9 @@ def events(scene: Scene, frames: int, fps: float) -> list[Event]:
             found.append(event(text, crossing.start, crossing.stop))
     for contact in scene.contacts:
         if contact.time * fps < frames - 0.5:
-            found.append(event(f"the {scene.bodies[contact.body].name} hits the {contact.other}", contact.time))
+            found.append(
+                event(f"the {scene.bodies[contact.body].name} hits the {contact.other}", contact.time)
+            )
     if scene.kind == "figure":
         found.append(event(f"the person {scene.action}", 0.0, scene.duration))
     if scene.kind == "talk":
@@ -167,7 +172,7 @@ def bursts(scene: Scene) -> list[tuple[float, float, bool]]:
     edges = np.flatnonzero(np.diff(loud.astype(int))) + 1
     cuts = [0, *edges.tolist(), len(loud)]
     runs: list[tuple[float, float, bool]] = []
-    for begin, end in zip(cuts[:-1], cuts[1:], strict=True):
+    for begin, end in pairwise(cuts):
         sounding = bool(loud[begin]) or (end - begin) / RATE < 0.15
         if runs and runs[-1][2] == sounding:
             runs[-1] = (runs[-1][0], end / RATE, sounding)
@@ -195,7 +200,9 @@ def questions(scene: Scene, fps: float) -> list[Question]:
             Question("what does the person do", scene.action),
             Question("what colour is the shirt", str(bodies[0].colour)),
         ]
-        return asked + ([Question("which way does the person move", bodies[0].moves)] if bodies[0].moves else [])
+        return asked + (
+            [Question("which way does the person move", bodies[0].moves)] if bodies[0].moves else []
+        )
     if scene.kind == "talk":
         return [Question("what colour are the eyes", scene.action)]
     if scene.kind == "flyover":

@@ -1,4 +1,4 @@
-"""Scenes of people: `figure`, a body of capsules with named joints, and `talk`, a head whose mouth follows a sound."""
+"""Scenes of people: `figure`, capsules with named joints, and `talk`, a mouth that follows a sound."""
 
 from collections.abc import Callable
 from functools import lru_cache
@@ -101,7 +101,7 @@ def _skeleton(
             side, up, forward = body[..., 0].copy(), body[..., 1], body[..., 2].copy()
             travel = sign * pace * tempo * (times - duration / 2)
             return np.stack([travel[:, None] + sign * forward, up, depth + sign * -side], -1)
-        return body + (0, 0, depth)
+        return body + np.array([0, 0, depth])
 
     return _remember(joints)
 
@@ -170,7 +170,7 @@ def figure(rng: np.random.Generator, duration: float, fps: float, motion: float)
 def talk(
     rng: np.random.Generator, duration: float, fps: float, motion: float, voice: np.ndarray | None = None
 ) -> Scene:
-    """A head that talks: the mouth is open as far as the voice is loud. `voice` is at 16 kHz; None: a made-up one."""
+    """A head whose mouth is open as far as the voice is loud. `voice` is at 16 kHz; None makes one up."""
     made = speech(rng, duration)
     sound = made if voice is None else voice
     loudness = envelope(sound)
@@ -189,7 +189,7 @@ def talk(
         pitch = nod * np.sin(2 * np.pi * 1.7 * tempo * times + phases[1])
         return pose(rotation((0, 1, 0), yaw) @ rotation((1, 0, 0), pitch), centre)
 
-    def on_head(linear: np.ndarray, at: tuple[float, float, float]) -> Callable:
+    def on_head(linear: np.ndarray, at: tuple[float | int, ...]) -> Callable:
         return lambda times: pose_of_head(times) @ pose(linear, np.array(at))
 
     def plain(colour: tuple[float, ...], light: float = 1.0) -> Surface:
@@ -207,7 +207,7 @@ def talk(
 
     face = Surface(NOISE, (shade(skin, 0.86), skin), 0.3, random_turn(rng))
     shirt = str(rng.choice(list(COLOURS)))
-    parts = [dome(rng), Part(SPHERE, 1, on_head(np.diag([0.82, 1.08, 0.88]), (0, 0, 0)), face)]
+    parts = [dome(rng), Part(SPHERE, 1, on_head(np.diag([0.82, 1.08, 0.88]), (0.0, 0.0, 0.0)), face)]
     parts.append(Part(SPHERE, 1, on_head(np.diag([0.9, 0.92, 0.9]), (0, 0.36, -0.2)), plain(hair)))
     parts.append(
         Part(SPHERE, 1, on_head(np.diag([0.11, 0.18, 0.16]), (0, -0.1, 0.86)), plain(shade(skin, 0.95)))
@@ -224,8 +224,8 @@ def talk(
             return pose_of_head(times) @ pose(shut, np.array([x, 0.14, 0.74]))
 
         parts.append(Part(SPHERE, 1, eyelid, plain(shade(skin, 0.9))))
-        parts.append(Part(CAPSULE, 1, on_head(rotation((0, 0, 1), np.array([np.pi / 2 + 0.12 * np.sign(x)]))[0] * 0.035,
-                                              (x, 0.4, 0.8)), plain(hair), half=4.0))  # fmt: skip
+        brow = rotation((0, 0, 1), np.array([np.pi / 2 + 0.12 * np.sign(x)]))[0] * 0.035
+        parts.append(Part(CAPSULE, 1, on_head(brow, (x, 0.4, 0.8)), plain(hair), half=4.0))
     parts.append(
         Part(
             CAPSULE,

@@ -1,12 +1,12 @@
 """From placed parts to pictures and their labels, a few rows (frames) at a time.
 
 Everything dense follows from one relation: the point seen at depth z through (x, y) has coordinates
-`local_from_camera(t) @ (x z, y z, z, 1)` on its part, and the part's own motion and the other frame's camera are one more
-matrix. Flow is that matrix and a division; occlusion is a ray cast back at the carried point.
+`local_from_camera(t) @ (x z, y z, z, 1)` on its part, and the part's own motion and the other frame's camera
+are one more matrix. Flow is that matrix and a division; occlusion is a ray cast back at the carried point.
 
-The shade is Lambert's, softened, and is fixed to the surface (the light is seen from the part as it lies at mid clip):
-with light that stays in the world or glints at the camera, a turning surface would change its colour and no flow could
-warp one frame onto the next exactly.
+The shade is Lambert's, softened, and is fixed to the surface (the light is seen from the part as it lies at
+mid clip): with light that stays in the world or glints at the camera, a turning surface would change its
+colour and no flow could warp one frame onto the next exactly.
 """
 
 from dataclasses import dataclass
@@ -129,7 +129,7 @@ class Renderer:
     def rows(
         self, rows: slice, outputs: set[str], supersample: int, forward: np.ndarray, backward: np.ndarray
     ) -> dict[str, Tensor]:
-        """The outputs of some rows. `forward[r]` is the row of the next frame, `backward[r]` of the last one."""
+        """The outputs of some rows; `forward[r]` is the row of the next frame, `backward[r]` of the last."""
         made: dict[str, Tensor] = {}
         table = self.table[rows]
         matrices = table[..., _LOCAL].unflatten(-1, (3, 4))
@@ -186,10 +186,14 @@ class Renderer:
         # A pixel can only meet a part that is within its own displacement of it.
         reach = float(torch.maximum((to_x - x).abs(), (to_y - y).abs()).mul_(focal).amax())
         nearest, _ = self._trace(matrices, rows, to_x, to_y, self._crops(target, 1, reach))
-        outside = (to_x.abs() * focal > self.width / 2) | (to_y.abs() * focal > self.height / 2) | (depth < NEAR)
+        outside = (
+            (to_x.abs() * focal > self.width / 2) | (to_y.abs() * focal > self.height / 2) | (depth < NEAR)
+        )
         return (outside | (nearest < depth * (1 - SLACK))).float()
 
-    def _colour(self, table: Tensor, x: Tensor, y: Tensor, depth: Tensor, part: Tensor, supersample: int) -> Tensor:
+    def _colour(
+        self, table: Tensor, x: Tensor, y: Tensor, depth: Tensor, part: Tensor, supersample: int
+    ) -> Tensor:
         columns = table.flatten(0, 1).T.contiguous()
         seen = _Seen(
             columns, flat_index(part, table.shape[1]),
@@ -249,16 +253,28 @@ class _Seen:
         normal = [n * s for n, s in zip(self.normal, self.pick(_SCALE), strict=True)]
         length = (normal[0] * normal[0] + normal[1] * normal[1] + normal[2] * normal[2]).sqrt_()
         light = self.pick(_LIGHT)
-        wrap = (normal[0] * light[0] + normal[1] * light[1] + normal[2] * light[2]).div_(length).mul_(0.5).add_(0.5)
+        wrap = (
+            (normal[0] * light[0] + normal[1] * light[1] + normal[2] * light[2])
+            .div_(length)
+            .mul_(0.5)
+            .add_(0.5)
+        )
         return 1 - self.pick(_LIT) * ((1 - AMBIENT) * (1 - wrap * wrap))
 
     def footprint(self) -> Tensor:
         """A pixel's size on the texture; it grows with the slant at which the surface is seen."""
         x, y, normal, matrix = self.x, self.y, self.normal, self.matrix
-        across = [matrix[0, j] * normal[0] + matrix[1, j] * normal[1] + matrix[2, j] * normal[2] for j in range(3)]
+        across = [
+            matrix[0, j] * normal[0] + matrix[1, j] * normal[1] + matrix[2, j] * normal[2] for j in range(3)
+        ]
         facing = (across[0] * x).add_(across[1] * y).add_(across[2]).abs_().clamp_(min=1e-6)
         ray = (x * x).add_(y * y).add_(1)
-        slant = (across[0] * across[0] + across[1] * across[1] + across[2] * across[2]).mul_(ray).sqrt_().div_(facing)
+        slant = (
+            (across[0] * across[0] + across[1] * across[1] + across[2] * across[2])
+            .mul_(ray)
+            .sqrt_()
+            .div_(facing)
+        )
         return slant.clamp_(max=16).mul_(self.z).mul_(self.pick(_FREQUENCY))
 
     def coordinates(self) -> Vector:

@@ -1,4 +1,4 @@
-"""What a scene is made of: parts (one primitive each), bodies (what a mask shows), and a camera, over time."""
+"""What a scene is made of: parts (a primitive each), bodies (what a mask shows), a camera, over time."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -27,8 +27,8 @@ LIGHT = np.array([-0.45, 0.75, 0.55]) / np.linalg.norm([-0.45, 0.75, 0.55])
 class Surface:
     """A texture that is fixed to its part.
 
-    Texture coordinates are `frequency * turn @ (point on the part, world units) + offset`; `colours` are its two
-    ends. `light` 0 shows the texture as it is, 1 is fully shaded.
+    Texture coordinates are `frequency * turn @ (point on the part, world units) + offset`; `colours` are its
+    two ends. `light` 0 shows the texture as it is, 1 is fully shaded.
     """
 
     texture: int
@@ -44,9 +44,9 @@ class Surface:
 class Part:
     """A unit primitive and the affine map that places it in the world at given instants (seconds).
 
-    Unit primitives: sphere of radius 1; box and plane (z = 0) over [-1, 1]; capsule of radius 1 about the y axis
-    with segment ends at y = -half and y = half.
-    The light comes from `light`; a rolling ball is lit along its axis of rotation, so that its shade stays put.
+    Unit primitives: sphere of radius 1; box and plane (z = 0) over [-1, 1]; capsule of radius 1 about the y
+    axis with segment ends at y = -half and y = half. The light comes from `light`; a rolling ball is lit
+    along its axis of rotation, so that its shade stays put.
     """
 
     shape: int
@@ -95,10 +95,11 @@ class Contact:
 
 @dataclass(frozen=True)
 class Scene:
-    """One seed's scene. `focal` is in units of the picture's shorter side; `pivot` is what the views turn about.
+    """One seed's scene. `focal` is in units of the picture's shorter side; `pivot` is what the views turn
+    about.
 
-    `joints` gives a figure's joints in the world `(t, j, 3)`; `action` is what a person does, the colour of a talking
-    person's eyes, or the way a flying camera turns; `material` what a bouncing ball sounds like.
+    `joints` gives a figure's joints in the world `(t, j, 3)`; `action` is what a person does, the colour of
+    a talking person's eyes, or the way a flying camera turns; `material` what a bouncing ball sounds like.
     """
 
     kind: str

@@ -16,7 +16,7 @@ _TONES = {
 
 
 def impacts(contacts: list[Contact], material: str, radius: float, duration: float) -> Waveform:
-    """A sound in [-1, 1] that is loudest at each contact; small balls sound higher, boxes lower than the ground."""
+    """A sound in [-1, 1] with a strike at each contact; small balls sound higher, boxes lower."""
     time = np.arange(round(duration * RATE)) / RATE
     wave = np.zeros_like(time)
     for contact in contacts:

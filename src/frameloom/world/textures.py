@@ -1,7 +1,7 @@
 """Textures: a tile of band-limited noise, and photographs that come with scikit-image, both as mipmaps.
 
-A lookup is given the size of a pixel on the surface and reads the level whose texels have that size, so that minified
-textures do not alias.
+A lookup is given the size of a pixel on the surface and reads the level whose texels have that size, so that
+minified textures do not alias.
 """
 
 from functools import lru_cache
@@ -36,7 +36,7 @@ GROUNDS = (10, 11, 12)  # photographs of a material
 
 
 def _levels(picture: np.ndarray) -> list[np.ndarray]:
-    """The picture and its halvings down to one texel, by averaging neighbours along every axis but the last."""
+    """The picture and its halvings down to one texel, averaged along every axis but the last."""
     levels = [picture]
     while levels[-1].shape[0] > 1:
         level = levels[-1]

@@ -1,9 +1,9 @@
 """Closed-form ray intersections with unit primitives, many frames at once, keeping the nearest hit.
 
-A ray of a camera is `depth * (x, y, 1)` with normalised picture coordinates x and y, so the ray parameter *is* the
-depth along the optical axis. An affine map takes it into a part's own frame, where the part is a unit primitive and the
-parameter stays the same. Only additions, products, quotients and square roots are used: they are correctly rounded
-everywhere, so a pixel has the same bits whatever is traced beside it.
+A ray of a camera is `depth * (x, y, 1)` with normalised picture coordinates x and y, so the ray parameter
+*is* the depth along the optical axis. An affine map takes it into a part's own frame, where the part is a
+unit primitive and the parameter stays the same. Only additions, products, quotients and square roots are
+used: they are correctly rounded everywhere, so a pixel has the same bits whatever is traced beside it.
 """
 
 from collections.abc import Sequence
@@ -82,7 +82,8 @@ def trace(
         half: half length of capsules.
         shapes: `(r, k)` shape of each part, -1 where a row has none.
         x, y: normalised picture coordinates: a grid (`(1, 1, w)` and `(1, h, 1)`) or a map each.
-        crops: for each part the rows and columns of the picture outside which it is never seen; None: nowhere.
+        crops: for each part the rows and columns of the picture outside which it is never seen; None:
+        nowhere.
     """
     rows, count = half.shape
     height, width = y.shape[1], x.shape[2]
@@ -138,8 +139,9 @@ def flat_index(part: UInt8[Tensor, "r h w"], count: int) -> Int32[Tensor, " n"]:
 def bounds(camera_from_local: np.ndarray, shapes: np.ndarray, half: np.ndarray) -> np.ndarray:
     """Exact boxes `(..., 4)` (x0, y0, x1, y1) of parts in normalised picture coordinates.
 
-    A sphere's picture is a conic whose extent is read off the dual quadric; a capsule's is that of its two end
-    spheres; a box's and a plane's that of their corners. A part that reaches behind the camera is unbounded.
+    A sphere's picture is a conic whose extent is read off the dual quadric; a capsule's is that of its two
+    end spheres; a box's and a plane's that of their corners. A part that reaches behind the camera is
+    unbounded.
     """
     box = np.empty((*shapes.shape, 4))
     box[..., :2], box[..., 2:] = np.inf, -np.inf

@@ -41,7 +41,8 @@ class World:
         kind: `"objects"` (one to three coloured shapes that move), `"flyover"` (a camera over photographs),
             `"motion"` (textured shapes and photographs in any motion), `"bounce"` (a ball and its impacts),
             `"figure"` (a person of capsules with joints), `"talk"` (a head whose mouth follows a voice).
-        motion: for `"flyover"` the typical flow, for `"motion"` the highest speed of a body, in pixels a frame of a
+        motion: for `"flyover"` the typical flow, for `"motion"` the highest speed of a body, in pixels a
+        frame of a
             picture whose shorter side is `size`. The other kinds have their own pace.
         voice: for `"talk"`, one waveform at 16 kHz a scene; None makes voices up.
 
@@ -54,8 +55,8 @@ class World:
         kind: str,
         seeds: Sequence[int],
         frames: int = 16,
-        fps: float = 8,
-        motion: float | None = None,
+        fps: float | int = 8,
+        motion: float | int | None = None,
         size: int = 64,
         device: str | torch.device = "cpu",
         voice: Sequence[np.ndarray] | None = None,
@@ -83,17 +84,19 @@ class World:
         """The instants of the frames in seconds."""
         return np.arange(self.frames) / self.fps
 
-    def poses(self, times: np.ndarray, views: int | None = None, arc: float = 360.0) -> np.ndarray:
+    def poses(self, times: np.ndarray, views: int | None = None, arc: float | int = 360.0) -> np.ndarray:
         """World-from-camera matrices `(b, v, t, 4, 4)` at any instants; v is 1 when `views` is None."""
         turns = [np.deg2rad(arc) * v / (views or 1) for v in range(views or 1)]
         return np.stack([
-            np.stack([orbit(scene.camera(times), scene.pivot, turn) for turn in turns]) for scene in self.scenes
+            np.stack([orbit(scene.camera(times), scene.pivot, turn) for turn in turns]) for scene in
+            self.scenes
         ])  # fmt: skip
 
     def cameras(
-        self, height: int, width: int, views: int | None = None, arc: float = 360.0
+        self, height: int, width: int, views: int | None = None, arc: float | int = 360.0
     ) -> tuple[Float[Tensor, "b 3 3"], Tensor]:
-        """Intrinsics `(b, 3, 3)` and world-from-camera poses `(b, t, 4, 4)`, or `(b, v, t, 4, 4)` with `views`.
+        """Intrinsics `(b, 3, 3)` and world-from-camera poses `(b, t, 4, 4)`, or `(b, v, t, 4, 4)` with
+        `views`.
 
         Pixel j covers [j, j + 1); camera axes are x right, y down, z forward.
         """
@@ -105,14 +108,14 @@ class World:
         return intrinsics.to(self.device), (poses if views else poses[:, 0]).to(self.device)
 
     def trajectories(
-        self, height: int, width: int, views: int | None = None, arc: float = 360.0
+        self, height: int, width: int, views: int | None = None, arc: float | int = 360.0
     ) -> dict[str, Tensor]:
         """Where the bodies are, the background (all zeros but its box) first; k as in the masks.
 
-        Returns `centres` `(b, t, k, 3)` in the world; `points` `(b, t, k, 2)`, their pictures in pixels; `depths`
-        `(b, t, k)`; `boxes` `(b, t, k, 4)` (x0, y0, x1, y1) in pixels, cut at the picture's edges, whether or
-        not the body is hidden; `present` `(b, k)`. With `views`, points, depths and boxes have a dimension v
-        after b.
+        Returns `centres` `(b, t, k, 3)` in the world; `points` `(b, t, k, 2)`, their pictures in pixels;
+        `depths` `(b, t, k)`; `boxes` `(b, t, k, 4)` (x0, y0, x1, y1) in pixels, cut at the picture's edges,
+        whether or not the body is hidden; `present` `(b, k)`. With `views`, points, depths and boxes have a
+        dimension v after b.
         """
         count, times = BODIES[self.kind], self.times
         poses = self.poses(times, views, arc)
@@ -149,9 +152,10 @@ class World:
         return found | {"present": present.to(self.device)}
 
     def joints(
-        self, height: int, width: int, views: int | None = None, arc: float = 360.0
+        self, height: int, width: int, views: int | None = None, arc: float | int = 360.0
     ) -> tuple[Float[Tensor, "b t j 3"], Tensor]:
-        """A figure's joints (named by `JOINTS`) in the world and in pixels, `(b, t, j, 2)` or `(b, v, t, j, 2)`.
+        """A figure's joints (named by `JOINTS`) in the world and in pixels, `(b, t, j, 2)` or `(b, v, t, j,
+        2)`.
 
         Raises:
             InputError: another kind than `"figure"`.
@@ -199,7 +203,7 @@ class World:
         return np.array([scene.focal for scene in self.scenes]) * min(height, width)
 
     def _renderer(
-        self, times: np.ndarray, height: int, width: int, views: int | None, arc: float
+        self, times: np.ndarray, height: int, width: int, views: int | None, arc: float | int
     ) -> Renderer:
         matrices = place(self.scenes, self.poses(times, views, arc), times, self.parts.shapes.shape[1])
         scene = np.repeat(np.arange(len(self.scenes)), (views or 1) * len(times))
@@ -215,9 +219,9 @@ class World:
         outputs: Sequence[str] = ("rgb",),
         supersample: int = 1,
         blur: int = 1,
-        noise: float = 0.0,
+        noise: float | int = 0.0,
         views: int | None = None,
-        arc: float = 360.0,
+        arc: float | int = 360.0,
         start: int = 0,
         stop: int | None = None,
     ) -> dict[str, Tensor]:
@@ -227,15 +231,16 @@ class World:
             outputs: of
                 `rgb` `(b, t, 3, h, w)` in [0, 1];
                 `depth` `(b, t, 1, h, w)` along the optical axis;
-                `flow` `(b, t-1, 2, h, w)` from frame k to k + 1 and `backward_flow` from k + 1 to k, pixels, x first;
-                `occlusion`, `backward_occlusion` `(b, t-1, 1, h, w)`: 1 where the point of the flow is hidden or out
-                of the picture in the other frame, else 0;
+                `flow` `(b, t-1, 2, h, w)` from frame k to k + 1 and `backward_flow` from k + 1 to k, pixels,
+                x first; `occlusion`, `backward_occlusion` `(b, t-1, 1, h, w)`: 1 where the point of the flow
+                is hidden or out of the picture in the other frame, else 0;
                 `masks` `(b, t, k, h, w)`: one-hot, the background first.
                 Labels hold at pixel centres.
             supersample: pictures are rendered so many times as high and wide and averaged.
             blur: number of instants averaged into a picture over half a frame's time (a 180 degree shutter).
             noise: standard deviation of the sensor's noise; it differs from frame to frame and view to view.
-            views: None, or the number v of cameras; then every output has a dimension v after b. View i is the first
+            views: None, or the number v of cameras; then every output has a dimension v after b. View i is
+            the first
                 one carried round the scene by `arc * i / v` degrees.
 
         Raises:
@@ -277,7 +282,7 @@ class World:
     def _rows(
         self, renderer: Renderer, frames: int, outputs: set[str], supersample: int
     ) -> dict[str, Tensor]:
-        """All rows of a renderer, a few at a time. Labels of a row look at rows before and after it in its clip."""
+        """All rows of a renderer, a few at a time; labels of a row look at its clip's rows beside it."""
         count = len(renderer.focal)
         index = np.arange(count)
         forward = np.where((index + 1) % frames == 0, index, index + 1)
@@ -293,8 +298,8 @@ class World:
                 pieces.setdefault(name, []).append(value)
         return {name: torch.cat(values) for name, values in pieces.items()}
 
-    def _noisy(self, rgb: Tensor, noise: float, start: int) -> Tensor:
-        """Gaussian noise from a generator of its own for every frame, so that a frame has the same in any window."""
+    def _noisy(self, rgb: Tensor, noise: float | int, start: int) -> Tensor:
+        """Gaussian noise, a generator a frame: a frame has the same noise in any window."""
         grain = torch.empty_like(rgb, device="cpu")
         for b, seed in enumerate(self.seeds):
             for v in range(rgb.shape[1]):
