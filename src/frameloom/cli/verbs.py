@@ -10,7 +10,7 @@ from frameloom.cli import options
 
 
 def register(app: typer.Typer) -> None:
-    for command in (interpolate,):
+    for command in (interpolate, compress, decompress, inspect, run):
         app.command()(command)
 
 
@@ -68,3 +68,130 @@ def interpolate(
     made = verb(clip, fps, chosen, weights=weights, device=device, tile=tile, dedupe=dedupe, strict=strict)
     terminal.say(f"{chosen} on {device}, {len(clip):,} frames to {len(made):,}")
     finish(made, output, codec=codec, crf=crf, preset=preset, resume=resume, json=json, extra={"method": chosen})
+
+
+def compress(
+    input: options.Input,
+    output: Annotated[Path, typer.Argument(help="the file to make: .flm")],
+    method: options.Method = "auto",
+    size: Annotated[str | None, typer.Option(help="bytes to aim for: 60000, 250k, 1.5M")] = None,
+    epochs: Annotated[int | None, typer.Option(help="passes over the video, for codecs that learn it")] = None,
+    strides: Annotated[str | None, typer.Option(help="upsampling of a learned codec, such as 5,4,4,2,2")] = None,
+    fit: Annotated[str | None, typer.Option(help="pad or crop frames that the strides do not divide")] = None,
+    quality: Annotated[float | None, typer.Option(help="crf of a conventional codec")] = None,
+    preset: options.Preset = None,
+    seed: options.Seed = 0,
+    device: options.Device = "cpu",
+    stream: options.Stream = 0,
+    range: options.Range = None,
+    rate: options.Rate = None,
+    deinterlace: options.Deinterlace = False,
+    keep_readable: options.KeepReadable = False,
+    json: options.Json = False,
+) -> None:
+    """Store a video in one .flm file, by a neural codec or a conventional one."""
+    from frameloom.cli import terminal
+    from frameloom.cli.chain import parse_numbers, parse_size
+    from frameloom.tasks.compression import compress as verb
+    from frameloom.video.reader import read
+    from frameloom.video.writer import check_target
+
+    terminal.listen()
+    clip = read(input, stream=stream, range=range, rate=rate, deinterlace=deinterlace, keep_readable=keep_readable)
+    check_target(output, clip.source.inputs())
+    terminal.say(terminal.describe(clip, Path(input).name))
+    with terminal.bar("steps") as progress:
+        report = verb(clip, output, method, size=parse_size(size), seed=seed, device=device, progress=progress,
+                      epochs=epochs, strides=parse_numbers(strides, "--strides"), fit=fit, quality=quality,
+                      preset=preset)  # fmt: skip
+    if json:
+        terminal.emit(vars(report))
+        return
+    terminal.say(f"{output}  {report.method}  {terminal.size(report.bytes)}  {report.bits_per_pixel:.4f} bits a pixel  "
+                 f"{report.seconds:.1f} s")  # fmt: skip
+
+
+def decompress(
+    input: Annotated[Path, typer.Argument(help="a .flm file")],
+    output: options.Output,
+    frames: Annotated[str | None, typer.Option(help="only these, in this order: 17, 10:40, 0,10:20")] = None,
+    codec: options.Codec = "h264",
+    crf: options.Crf = None,
+    preset: options.Preset = None,
+    resume: options.Resume = False,
+    json: options.Json = False,
+) -> None:
+    """Make a video of a .flm file, or of any frames of it."""
+    from frameloom.cli import terminal
+    from frameloom.tasks.compression import decompress as verb
+    from frameloom.tasks.compression.base import parse_frames
+
+    terminal.listen()
+    clip = verb(input)
+    terminal.say(terminal.describe(clip, input.name))
+    if frames is not None:
+        clip = verb(input, parse_frames(frames, len(clip)))
+    finish(clip, output, codec=codec, crf=crf, preset=preset, resume=resume, json=json)
+
+
+def inspect(
+    input: Annotated[Path, typer.Argument(help="a .flm file")],
+    json: options.Json = False,
+) -> None:
+    """Show what is in a .flm file: every section's bytes and bits per pixel."""
+    from frameloom.cli import terminal
+    from frameloom.tasks.compression import inspect as verb
+
+    found = verb(input)
+    if json:
+        terminal.emit(found)
+        return
+    print(f"{input}  {found['method']}  {found['width']}x{found['height']}  {found['frames']} frames at {found['rate']} "
+          f"a second")  # fmt: skip
+    for name, part in found["sections"].items():
+        print(f"  {name:28} {part['bytes']:>10,} bytes  {part['bits_per_pixel']:.5f} bits a pixel")
+    print(f"  {'in all':28} {found['bytes']:>10,} bytes  {found['bits_per_pixel']:.5f} bits a pixel")
+
+
+def run(
+    input: options.Input,
+    output: Annotated[Path, typer.Argument(help="a video, or a .flm file if the last verb is compress")],
+    do: Annotated[str, typer.Option(help='verbs in a chain, such as "interpolate 60fps | compress hnerv"')],
+    codec: options.Codec = "h264",
+    crf: options.Crf = None,
+    preset: options.Preset = None,
+    resume: options.Resume = False,
+    stream: options.Stream = 0,
+    range: options.Range = None,
+    rate: options.Rate = None,
+    deinterlace: options.Deinterlace = False,
+    keep_readable: options.KeepReadable = False,
+    json: options.Json = False,
+) -> None:
+    """Apply several verbs in one go, window by window, with nothing in between on disk.
+
+    A chain that ends in compress writes the compressed file to a .flm output; to a video output it writes what
+    that file would show.
+    """
+    from frameloom.cli import terminal
+    from frameloom.cli.chain import apply, parse
+    from frameloom.video.reader import read
+    from frameloom.video.writer import check_output, check_target
+
+    terminal.listen()
+    steps = parse(do)
+    clip = read(input, stream=stream, range=range, rate=rate, deinterlace=deinterlace, keep_readable=keep_readable)
+    as_file = output.suffix == ".flm"
+    if as_file:
+        check_target(output, clip.source.inputs())
+    else:
+        check_output(clip, output)
+    terminal.say(terminal.describe(clip, Path(input).name))
+    with terminal.bar("steps") as progress:
+        made = apply(clip, steps, output if as_file else None, progress)
+    if made is not None:
+        finish(made, output, codec=codec, crf=crf, preset=preset, resume=resume, json=json, extra={"do": do})
+    elif json:
+        terminal.emit({"output": str(output), "bytes": output.stat().st_size, "do": do})
+    else:
+        terminal.say(f"{output}  {terminal.size(output.stat().st_size)}")
