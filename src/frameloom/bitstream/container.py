@@ -15,7 +15,7 @@ from fractions import Fraction
 from typing import Any
 
 from frameloom.errors import InputError
-from frameloom.video.colour import Colour
+from frameloom.video.colour import BT601, BT709, BT2020, Colour
 
 MAGIC = b"\x89FLM\r\n\x1a\n"
 FORMAT = 1
@@ -151,5 +151,7 @@ def _colour(values: dict[str, Any], origin: str) -> Colour:
         raise InputError(f"{origin}: the header is damaged; the colour description is not complete")
     for name in ("matrix", "primaries", "transfer"):
         whole(values[name], 0, 255, name, origin)
+    if values["matrix"] not in (BT709, 4, 5, BT601, 7, BT2020):
+        raise InputError(f"{origin}: the header is damaged; colour matrix {values['matrix']} is not known")
     whole(values["depth"], 1, 16, "depth", origin)
     return Colour(**values)

@@ -18,6 +18,7 @@ from torch import Tensor
 from frameloom.errors import InputError
 
 SIDE_SHARE = 0.02
+_LARGEST = 32752.0  # half of what float16 holds, so that a range fits too
 WHOLE = 255  # the stored axis of a tensor that has one pair of side numbers
 
 
@@ -40,11 +41,10 @@ def quantise(tensor: Tensor, bits: int) -> Quantised:
     Raises InputError when the tensor is not finite or leaves the range of float16.
     """
     tensor = tensor.detach().float().cpu()
+    if not (tensor.abs() <= _LARGEST).all():
+        raise InputError("weights beyond 32752 cannot be stored; the fit went wrong, lower the learning rate")
     choices = (_along(tensor, axis, bits) for axis in _axes(tensor))
-    best = min(choices, key=lambda choice: float((choice.values() - tensor).abs().mean()))
-    if not torch.isfinite(best.values()).all():
-        raise InputError("weights beyond 65504 cannot be stored; the fit went wrong, lower the learning rate")
-    return best
+    return min(choices, key=lambda choice: float((choice.values() - tensor).abs().mean()))
 
 
 def side_shape(shape: Sequence[int], axis: int | None) -> tuple[int, ...]:

@@ -241,7 +241,7 @@ class HNeRV(SectionedCodec, nn.Module):
     def preset(cls, size: str) -> Config:
         """`tiny`: 32 frames of 64x128, 40 thousand parameters. `paper`: 132 of 640x1280, 1.5 million."""
         if size == "tiny":
-            return Config(height=64, width=128, frames=32, strides=(4, 2, 2, 2), channels=19, lowest=8, embedding=8)
+            return Config(height=64, width=128, frames=32, strides=(4, 2, 2, 2), channels=19, lowest=8)
         return Config(height=640, width=1280, frames=132, strides=(5, 4, 4, 2, 2), channels=68)
 
     def draw(self, code: Float[Tensor, "b d _ _"]) -> Float[Tensor, "b 3 h w"]:
@@ -311,18 +311,16 @@ class HNeRV(SectionedCodec, nn.Module):
         if fit not in (None, "pad", "crop"):
             raise InputError(f"--fit {fit}: frames are fitted by pad or crop")
         size = size or max(40_000, min(3_000_000, frames * height * width // 72))
-        small = size < 300_000
-        depth = 8 if small else 16
-        chosen = tuple(strides) if strides else _strides_for(height, width, frames, depth, size)
+        chosen = tuple(strides) if strides else _strides_for(height, width, frames, size)
         product = math.prod(chosen)
         if strides and fit is None and (height % product or width % product):
-            raise InputError(_misfit(height, width, frames, depth, size, chosen))
+            raise InputError(_misfit(height, width, frames, size, chosen))
         tall, wide = (_fitted(side, product, fit == "crop") for side in (height, width))
         if not tall or not wide:
             raise InputError(f"--strides {','.join(map(str, chosen))}: their product {product} is larger than the "
                              f"frame of {width}x{height}; use smaller strides or --fit pad")  # fmt: skip
         config = Config(height=tall, width=wide, frames=frames, strides=chosen, channels=1,
-                        lowest=8 if small else 12, embedding=depth, **cls.family)  # fmt: skip
+                        lowest=8 if size < 300_000 else 12, **cls.family)  # fmt: skip
         config = replace(config, channels=max(solve_width(size, config), 1))
         while config.parameters > 1.1 * size and config.channels > 1:
             config = replace(config, channels=config.channels - 1)
@@ -437,7 +435,7 @@ class NeRV(HNeRV):
     def preset(cls, size: str) -> Config:
         """The sizes of `HNeRV.preset`, by NeRV's own plan of channels and kernels."""
         if size == "tiny":
-            return Config(height=64, width=128, frames=32, strides=(4, 2, 2, 2), channels=15, lowest=8, **cls.family)
+            return Config(height=64, width=128, frames=32, strides=(4, 2, 2, 2), channels=14, lowest=8, **cls.family)
         return Config(height=640, width=1280, frames=132, strides=(5, 4, 2, 2), channels=54, **cls.family)
 
 
@@ -490,7 +488,7 @@ def _crop_to(pictures: UInt8[Tensor, "t 3 h w"], height: int, width: int) -> UIn
     return pictures[..., top : top + height, left : left + width].contiguous()
 
 
-def _strides_for(height: int, width: int, frames: int, depth: int, size: int) -> tuple[int, ...]:
+def _strides_for(height: int, width: int, frames: int, size: int) -> tuple[int, ...]:
     """Strides with little padding and a grid of about 2 rows on the short side, as published for 640x1280.
 
     Embeddings may take a quarter of the size; when no grid is that small, the smallest grid it is.
@@ -502,17 +500,17 @@ def _strides_for(height: int, width: int, frames: int, depth: int, size: int) ->
         product = math.prod(strides)
         tall, wide = _fitted(height, product, False), _fitted(width, product, False)
         waste = tall * wide / (height * width) - 1
-        embeddings = frames * depth * (tall // product) * (wide // product)
+        embeddings = frames * Config.embedding * (tall // product) * (wide // product)
         heavy = max(embeddings - size // 4, 0)
         ranked.append((heavy, waste + 0.03 * abs(math.log2(2 * product / short)), strides))
     return min(ranked)[2]
 
 
-def _misfit(height: int, width: int, frames: int, depth: int, size: int, strides: tuple[int, ...]) -> str:
+def _misfit(height: int, width: int, frames: int, size: int, strides: tuple[int, ...]) -> str:
     product = math.prod(strides)
     tall, wide = _fitted(height, product, True), _fitted(width, product, True)
     crop = f"crop to {wide}x{tall} (--fit crop), " if tall and wide else ""
-    other = ",".join(map(str, _strides_for(height, width, frames, depth, size)))
+    other = ",".join(map(str, _strides_for(height, width, frames, size)))
     return (f"--strides {','.join(map(str, strides))}: their product {product} does not divide {width}x{height}; "
             f"{crop}pad (--fit pad) or use strides {other}")  # fmt: skip
 
