@@ -73,7 +73,8 @@ def test_bd_rate_averages_over_common_quality_only():
 
 
 @pytest.mark.parametrize(
-    "points", [[(1.0, 30.0)], [(1.0, 30.0), (2.0, 30.0)], [(1.0, 10.0), (2.0, 20.0)], [(0.0, 30.0), (1.0, 31.0)]]
+    "points",
+    [[(1.0, 30.0)], [(1.0, 30.0), (2.0, 30.0)], [(1.0, 10.0), (2.0, 20.0)], [(0.0, 30.0), (1.0, 31.0)]],
 )
 def test_bd_rate_refuses_curves_that_cannot_be_compared(points):
     with pytest.raises(InputError, match="bd_rate"):
@@ -91,4 +92,6 @@ def test_an_outlier_is_off_by_3_pixels_and_5_percent():
     truth = torch.tensor([[0.0, 100.0, 100.0, 0.0], [0.0, 0.0, 0.0, 0.0]]).reshape(1, 1, 2, 1, 4)
     off = torch.tensor([[4.0, 104.0, 106.0, 2.0], [0.0, 0.0, 0.0, 0.0]]).reshape(1, 1, 2, 1, 4)
     assert outlier_share(off, truth).item() == pytest.approx(50)
-    assert outlier_share(off, truth, torch.tensor([[[[True, True, False, False]]]])).item() == pytest.approx(50)
+    assert outlier_share(off, truth, torch.tensor([[[[True, True, False, False]]]])).item() == pytest.approx(
+        50
+    )

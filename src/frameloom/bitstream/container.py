@@ -1,8 +1,8 @@
 """The `.flm` file: a header that says what the video is, and named sections that hold it.
 
 Layout, little-endian: 8 bytes of magic, the format version (2 bytes), the header's length and CRC-32 (4 bytes
-each), the header as JSON, then the sections one after the other. The header lists every section's name, length
-and CRC-32, so the length of a file is known from its header to the byte.
+each), the header as JSON, then the sections one after the other. The header lists every section's name,
+length and CRC-32, so the length of a file is known from its header to the byte.
 
 Reading treats a file as untrusted: nothing is allocated on the word of the file alone.
 """
@@ -125,7 +125,8 @@ def _parse_header(data: bytes, origin: str) -> tuple[Header, list[tuple[str, int
         raise InputError(f"{origin}: the header is damaged") from None
 
     _check_version(whole(body["reader"], 1, 1 << 16, "reader", origin), origin)
-    named = all(isinstance(name, str) and name.isidentifier() for name, _, _ in table) and len({row[0] for row in table}) == len(table)
+    names = [name for name, _, _ in table if isinstance(name, str) and name.isidentifier()]
+    named = len(set(names)) == len(table)
     if not (isinstance(body["method"], str) and isinstance(body["config"], dict) and named):
         raise InputError(f"{origin}: the header is damaged")
     for name, size, check in table:

@@ -24,7 +24,7 @@ WHOLE = 255  # the stored axis of a tensor that has one pair of side numbers
 
 @dataclass(frozen=True)
 class Quantised:
-    """Symbols in the tensor's own shape; `low` and `scale` broadcast against them. `axis` is None for one pair."""
+    """Symbols in the tensor's own shape; `low` and `scale` broadcast. `axis` is None for one pair."""
 
     symbols: UInt8[Tensor, "..."]
     low: Float16[Tensor, "..."]

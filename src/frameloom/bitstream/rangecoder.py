@@ -1,8 +1,8 @@
 """Integer symbols to bytes and back at almost their entropy, by range coding.
 
 What the coder sees of a distribution is a table of integer frequencies that sum to 2^16, made by one
-deterministic function and stored or derived the same way on both sides. Each entry divided by 2^16 is exact in
-a double, so no rounding of any device reaches the coder.
+deterministic function and stored or derived the same way on both sides. Each entry divided by 2^16 is exact
+in a double, so no rounding of any device reaches the coder.
 
 The coder is constriction's (R. Bamler, Understanding entropy coding with asymmetric numeral systems, 2022).
 """
@@ -53,7 +53,7 @@ class Encoder:
         self._coder = constriction.stream.queue.RangeEncoder()
 
     def put(self, symbols: Integer[np.ndarray, "n"], table: Integer[np.ndarray, "k"]) -> None:
-        if len(symbols) and not (0 <= symbols.min() and symbols.max() < len(table)):
+        if len(symbols) and not (symbols.min() >= 0 and symbols.max() < len(table)):
             raise ValueError("a symbol lies outside its table")
         self._coder.encode(symbols.astype(np.int32), _model(table))
 
@@ -62,7 +62,7 @@ class Encoder:
 
 
 class Decoder:
-    """Gives back what an `Encoder` took. Bytes that no encoder wrote end in InputError or in wrong symbols."""
+    """Gives back what an `Encoder` took. Bytes of no encoder end in InputError or in wrong symbols."""
 
     def __init__(self, data: bytes) -> None:
         if len(data) % 4:

@@ -20,7 +20,7 @@ def outlier_share(
     truth: Float[Tensor, "b s 2 h w"],
     valid: Bool[Tensor, "b s h w"] | None = None,
 ) -> Float[Tensor, ""]:
-    """KITTI's Fl-all in percent: pixels that are off by more than 3 pixels and by more than 5% of the motion."""
+    """KITTI's Fl-all in percent: pixels off by more than 3 pixels and by more than 5% of the motion."""
     distance = torch.linalg.vector_norm(flow - truth, dim=2)
     outlier = (distance > 3) & (distance > 0.05 * torch.linalg.vector_norm(truth, dim=2))
     return 100 * (outlier if valid is None else outlier[valid]).float().mean()

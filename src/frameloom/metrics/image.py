@@ -14,7 +14,7 @@ _WINDOW = 11
 
 
 def psnr(a: Float[Tensor, "*t c h w"], b: Float[Tensor, "*t c h w"]) -> Float[Tensor, ""]:
-    """Mean over frames of -10 log10(MSE of the frame + 1e-9), in dB: the figure papers on neural codecs print."""
+    """Mean over frames of -10 log10(MSE of the frame + 1e-9), in dB: what papers on neural codecs print."""
     return (-10 * torch.log10((a - b).square().mean((-3, -2, -1)) + _FLOOR)).mean()
 
 
@@ -24,15 +24,15 @@ def psnr_of_mean(a: Float[Tensor, "*t c h w"], b: Float[Tensor, "*t c h w"]) -> 
 
 
 def ssim(a: Float[Tensor, "t c h w"], b: Float[Tensor, "t c h w"]) -> Float[Tensor, ""]:
-    """Mean structural similarity, 11x11 Gaussian window with sigma 1.5; 1 for equal pictures. Differentiable."""
+    """Mean structural similarity, 11x11 Gauss window of sigma 1.5; 1 for equal pictures, differentiable."""
     return structural_similarity_index_measure(a, b, data_range=1.0)
 
 
 def ms_ssim(a: Float[Tensor, "t c h w"], b: Float[Tensor, "t c h w"]) -> Float[Tensor, ""]:
     """Mean multi-scale structural similarity; 1 for equal pictures. Differentiable.
 
-    Five scales need sides above 160 pixels. Smaller pictures use as many scales as fit, with the weights of those
-    scales summing to 1 again, so figures compare only between pictures of one size.
+    Five scales need sides above 160 pixels. Smaller pictures use as many scales as fit, with the weights of
+    those scales summing to 1 again, so figures compare only between pictures of one size.
     """
     side = min(a.shape[-2:])
     scales = max(k for k in range(1, 6) if k == 1 or side > (_WINDOW - 1) * 2 ** (k - 1))

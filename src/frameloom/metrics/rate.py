@@ -17,11 +17,11 @@ def bd_rate(
     anchor: Sequence[tuple[float, float]],
     test: Sequence[tuple[float, float]],
 ) -> float:
-    """Mean difference in rate at equal quality, in percent; negative when `test` needs fewer bits than `anchor`.
+    """Mean difference in rate at equal quality, in percent; below 0 when `test` needs fewer bits.
 
-    Each curve is (rate, quality in dB) points, any order, at least two. The logarithm of the rate is interpolated
-    monotonically (PCHIP) as a function of quality and averaged over the qualities that both curves reach.
-    G. Bjontegaard, Calculation of average PSNR differences between RD-curves, VCEG-M33, 2001.
+    Each curve is (rate, quality in dB) points, any order, at least two. The logarithm of the rate is
+    interpolated monotonically (PCHIP) as a function of quality and averaged over the qualities that both
+    curves reach. G. Bjontegaard, Calculation of average PSNR differences between RD-curves, VCEG-M33, 2001.
 
     Raises InputError when the curves share no quality or one of them does not rise.
     """

@@ -73,10 +73,10 @@ def compress(
 ) -> Report:
     """Write `clip` to `path` as a `.flm` file. Pictures only: sound is not stored.
 
-    `size` is the number of bytes to aim for. `method="auto"` is a conventional codec, because at equal size those
-    measure best on ordinary clips; learned codecs are asked for by name. Further settings go to the method
-    (`epochs`, `strides`, `fit`, `loss` for `hnerv` and `nerv`; `quality`, `preset` for `x264`, `x265`, `av1`).
-    The file appears under its name only when it is complete.
+    `size` is the number of bytes to aim for. `method="auto"` is a conventional codec, because at equal size
+    those measure best on ordinary clips; learned codecs are asked for by name. Further settings go to the
+    method (`epochs`, `strides`, `fit`, `loss` for `hnerv` and `nerv`; `quality`, `preset` for `x264`, `x265`,
+    `av1`). The file appears under its name only when it is complete.
 
     Raises InputError for a setting that the method does not have, and for what the method itself refuses.
     """
@@ -139,7 +139,9 @@ def parse_frames(text: str, count: int, flag: str = "--frames") -> list[int]:
         except ValueError:
             raise InputError(f"{flag} {text}: frames are numbers and ranges such as 0,10:20") from None
         if not found:
-            raise InputError(f"{flag} {text}: {part.strip()} holds no frame; there are frames 0 to {count - 1}")
+            raise InputError(
+                f"{flag} {text}: {part.strip()} holds no frame; there are frames 0 to {count - 1}"
+            )
         chosen += found
     return chosen
 
@@ -247,7 +249,11 @@ def unpack_times(container: Container) -> list[Fraction] | None:
     if "times" not in container.sections:
         return None
     numbers, end = unpack_numbers(container.sections["times"], container.header.frames + 1)
-    if len(numbers) != container.header.frames + 1 or end != len(container.sections["times"]) or not numbers[0]:
+    if (
+        len(numbers) != container.header.frames + 1
+        or end != len(container.sections["times"])
+        or not numbers[0]
+    ):
         raise InputError("section 'times' is damaged")
     times, tick = [], 0
     for step in numbers[1:]:

@@ -1,8 +1,8 @@
-"""x264, x265 and SVT-AV1 under the same protocol: the codecs that everybody has, and what a learned one must beat.
+"""x264, x265 and SVT-AV1 under the same protocol: what everybody has, and what a learned codec must beat.
 
 The file keeps the elementary stream's packets and an index of them, without a muxer's overhead. Groups of
-pictures are closed, so a frame decodes from the keyframe before it. At an equal number of bytes these win over
-networks fitted to one video on ordinary clips; see benchmarks/compression.py.
+pictures are closed, so a frame decodes from the keyframe before it. At an equal number of bytes these win
+over networks fitted to one video on ordinary clips; see benchmarks/compression.py.
 """
 
 import math
@@ -37,7 +37,7 @@ os.environ.setdefault("SVT_LOG", "1")
 
 @dataclass(frozen=True)
 class Packet:
-    """One packet: where it lies in the stream, the number of the frame it shows, whether decoding may begin here."""
+    """Where a packet lies in the stream, which frame it shows, whether decoding may begin here."""
 
     start: int
     size: int
@@ -46,7 +46,7 @@ class Packet:
 
 
 class Conventional(SectionedCodec):
-    """What the three share. `quality` is the codec's own constant rate factor: smaller is better and larger."""
+    """What the three share. `quality` is the codec's constant rate factor; a smaller one means more bytes."""
 
     method: ClassVar[str]
     encoder: ClassVar[str]
@@ -74,10 +74,10 @@ class Conventional(SectionedCodec):
         device: str = "cpu",
         progress: Progress = silent,
     ) -> bytes:
-        """The clip at `quality`, or the largest file that is not over `size` bytes (a few encodes of the clip).
+        """The clip at `quality`, or the largest file of at most `size` bytes (a few encodes of the clip).
 
-        A keyframe comes at least every `keyint` frames. 4:2:0, 8 bit, or 10 bit when the clip has more than 8.
-        `seed` and `device` are what every codec takes; these use no chance, and the CPU.
+        A keyframe comes at least every `keyint` frames. 4:2:0, 8 bit, or 10 bit when the clip has more than
+        8. `seed` and `device` are what every codec takes; these use no chance, and the CPU.
         """
         if size is not None and quality is not None:
             raise InputError("--quality and --size: give one of the two")
@@ -89,11 +89,13 @@ class Conventional(SectionedCodec):
         def make(factor: float | int) -> bytes:
             return cls._file(clip, factor, preset or cls.preset, keyint, progress)
 
-        return make(cls.quality if quality is None else quality) if size is None else cls._fit_size(make, size)
+        return (
+            make(cls.quality if quality is None else quality) if size is None else cls._fit_size(make, size)
+        )
 
     @classmethod
     def _fit_size(cls, make: Callable[[float], bytes], size: int) -> bytes:
-        """The largest file within `size`: log(bytes) is nearly linear in the rate factor, so secants land fast."""
+        """The largest file within `size`: log(bytes) is nearly linear in the factor, so secants land fast."""
         best: bytes | None = None
         too_large, fits = -cls.step, cls.worst + cls.step
         factor, slope = cls.quality, -math.log(2) / 6
@@ -104,7 +106,9 @@ class Conventional(SectionedCodec):
             if len(data) > size:
                 too_large = factor
                 if factor >= cls.worst:
-                    raise InputError(f"--size {size}: {cls.method} takes at least {len(data)} bytes for this clip")
+                    raise InputError(
+                        f"--size {size}: {cls.method} takes at least {len(data)} bytes for this clip"
+                    )
             else:
                 fits = factor
                 best = data if best is None or len(data) > len(best) else best
@@ -190,8 +194,8 @@ class Conventional(SectionedCodec):
         width, height = cls._coded(header.width), cls._coded(header.height)
         layout = "yuv420p10le" if header.config["deep"] else "yuv420p"
         context = av.CodecContext.create(cls.decoder, "r")
-        # PyAV takes the interpreter's lock to log, and holds it while it closes a decoder: a worker thread with
-        # something to say of a damaged stream would wait for ever.
+        # PyAV takes the interpreter's lock to log, and holds it while it closes a decoder: a worker thread
+        # with something to say of a damaged stream would wait for ever.
         context.thread_count = 1
         context.options = {"max_pixels": str((width + 128) * (height + 128))}
         first = next(place for place, packet in enumerate(packets) if packet.key and packet.frame == key)
@@ -255,14 +259,18 @@ class AV1(Conventional):
 
 def _native(frame: Frame, number: int, context: Any, rate: Fraction) -> av.VideoFrame:
     colour = frame.colour.as_video()
-    _, height, width = frame.rgb.shape if frame.native is None else (3, frame.native.height, frame.native.width)
+    _, height, width = (
+        frame.rgb.shape if frame.native is None else (3, frame.native.height, frame.native.width)
+    )
     if (width, height) == (context.width, context.height):
         native = frame.to_native(context.pix_fmt, colour)
     else:
         missing = (0, context.width - width, 0, context.height - height)
         if min(missing) < 0:
             raise InputError(f"frame {number} is {width}x{height}; all frames of a clip must have one size")
-        native = native_from_rgb(F.pad(frame.rgb[None], missing, mode="replicate")[0], context.pix_fmt, colour)
+        native = native_from_rgb(
+            F.pad(frame.rgb[None], missing, mode="replicate")[0], context.pix_fmt, colour
+        )
     native.pts, native.time_base = number, 1 / rate
     # A decoded frame remembers what it was; left so, it would order a keyframe where there was one before.
     native.pict_type = 0
@@ -278,7 +286,10 @@ def _read_index(container: Container) -> list[Packet]:
     if len(numbers) != 2 * header.frames or end != len(index):
         raise InputError("section 'index' is damaged")
     sizes = [number // 2 for number in numbers[0::2]]
-    shown = [place + (ahead // 2 if ahead % 2 == 0 else -(ahead + 1) // 2) for place, ahead in enumerate(numbers[1::2])]
+    shown = [
+        place + (ahead // 2 if ahead % 2 == 0 else -(ahead + 1) // 2)
+        for place, ahead in enumerate(numbers[1::2])
+    ]
     keys = [bool(number % 2) for number in numbers[0::2]]
     whole(sum(sizes), length, length, "the length of section 'stream'", "section 'index'")
     if sorted(shown) != list(range(header.frames)) or not keys[0] or shown[0] != 0:

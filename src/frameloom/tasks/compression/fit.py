@@ -5,7 +5,7 @@ from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Float, UInt8
+from jaxtyping import UInt8
 from torch import Tensor, nn
 
 from frameloom.errors import InputError
@@ -41,7 +41,7 @@ def fit(
     progress: Progress = silent,
     label: str = "fitting",
 ) -> None:
-    """Train `network`, in place and on its own device, so that `network(index, pictures)` gives back `pictures`.
+    """Train `network` in place, on its own device, so that `network(index, pictures)` returns `pictures`.
 
     `index` is (b,) frame numbers and `pictures` (b, 3, h, w) in [0, 1]. Adam without weight decay; the last
     incomplete batch of an epoch is dropped. The same seed gives the same weights. `mixed` runs the network in
@@ -51,7 +51,9 @@ def fit(
     """
     count = frames.shape[0]
     if count < batch:
-        raise InputError(f"the clip has {count} frame(s), fewer than one batch of {batch}; a fit needs more frames")
+        raise InputError(
+            f"the clip has {count} frame(s), fewer than one batch of {batch}; a fit needs more frames"
+        )
     if epochs < 1:
         raise InputError(f"--epochs {epochs}: a fit takes 1 epoch or more")
     if loss not in LOSSES:
@@ -73,15 +75,11 @@ def fit(
                 out = network(index.to(device), pictures)
             value = LOSSES[loss](out.float(), pictures)
             if not math.isfinite(value.item()):
-                raise InputError(f"the loss is not finite at step {step + 1} of {total}; use a lower learning rate")
+                raise InputError(
+                    f"the loss is not finite at step {step + 1} of {total}; use a lower learning rate"
+                )
             optimiser.zero_grad(set_to_none=True)
             value.backward()
             optimiser.step()
             progress(label, step + 1, total)
     network.eval()
-
-
-def reconstruction(network: nn.Module, index: int) -> Float[Tensor, "3 h w"]:
-    """Frame `index` of a fitted network that maps frame numbers to pictures."""
-    with torch.inference_mode():
-        return network(torch.tensor([index]))[0]

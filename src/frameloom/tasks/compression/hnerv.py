@@ -1,11 +1,11 @@
-"""HNeRV: a video as a small network and, for each frame, a tiny embedding that the network unfolds to the frame.
+"""HNeRV: a video as a small network and, for each frame, a tiny embedding that it unfolds to the frame.
 
 For whoever wants any frame of a video in one forward pass, without the frames before it, from one file.
 
 An encoder E maps a frame to an embedding, a decoder D maps it back; both are fitted to one video:
     minimise  mean_t | D(E(x_t)) - x_t |^2,      then keep  D and e_t = E(x_t),  quantised to 8 and 6 bits.
-D is a chain of blocks  convolution -> pixel shuffle -> GELU  whose kernels grow and whose channels shrink slowly
-(by 1.2 a block), which spreads the parameters evenly over the depth. The encoder is thrown away.
+D is a chain of blocks  convolution -> pixel shuffle -> GELU  whose kernels grow and whose channels shrink
+slowly (by 1.2 a block), which spreads the parameters evenly over the depth. The encoder is thrown away.
 
 `NeRV` is the baseline: the same chain, fed with an encoding of the frame's number instead of an embedding.
 
@@ -18,7 +18,7 @@ import math
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any, ClassVar, Self
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -40,17 +40,14 @@ ENCODER_WIDTH = 64
 MAX_PARAMETERS = 1 << 26
 MAX_ACTIVATIONS = 1 << 30
 
-# bfloat16 on a CPU with AMX or on a GPU; the head and the loss stay float32.
-MIXED = False
-
 
 @dataclass(frozen=True, kw_only=True)
 class Config:
     """The network of one video.
 
     `height` and `width` are what the network draws: the frame's own size, rounded up to a multiple of the
-    product of `strides`. Block i has kernel min(kernels[0] + 2i, kernels[1]) and 1 / `reduction` of the channels
-    before it, at least `lowest`; the first layer has `channels`. `indexed` is NeRV: no embeddings.
+    product of `strides`. Block i has kernel min(kernels[0] + 2i, kernels[1]) and 1 / `reduction` of the
+    channels before it, at least `lowest`; the first layer has `channels`. `indexed` is NeRV: no embeddings.
     """
 
     height: int
@@ -82,7 +79,7 @@ class Config:
         return min(self.kernels[0] + 2 * block, self.kernels[1])
 
     @classmethod
-    def from_header(cls, header: Header, origin: str = "the file") -> Self:
+    def from_header(cls, header: Header, origin: str = "the file") -> "Config":
         """The configuration in a file's header, which is checked as untrusted input."""
         values = dict(header.config)
         reduction = values.pop("reduction", None)
@@ -104,15 +101,24 @@ class Config:
         whole(values["frames"], header.frames, header.frames, "frames", origin)
         whole(values["height"], header.height, header.height + product, "height", origin)
         whole(values["width"], header.width, header.width + product, "width", origin)
-        config = cls(**values, strides=tuple(strides), kernels=tuple(kernels), reduction=reduction, indexed=indexed)
+        config = cls(
+            **values, strides=tuple(strides), kernels=tuple(kernels), reduction=reduction, indexed=indexed
+        )
         config.check(origin)
         return config
 
     def check(self, origin: str) -> None:
         """InputError unless the network is sound and of a size that can be meant."""
         product = math.prod(self.strides)
-        if self.height % product or self.width % product or self.kernels[0] % 2 == 0 or self.kernels[1] % 2 == 0:
-            raise InputError(f"{origin}: strides {self.strides} and kernels {self.kernels} do not fit the frame")
+        if (
+            self.height % product
+            or self.width % product
+            or self.kernels[0] % 2 == 0
+            or self.kernels[1] % 2 == 0
+        ):
+            raise InputError(
+                f"{origin}: strides {self.strides} and kernels {self.kernels} do not fit the frame"
+            )
         rows, columns = self.grid
         peak = 0
         for stride, width in zip(self.strides, self.widths[1:], strict=True):
@@ -136,16 +142,18 @@ class Config:
 
 
 def solve_width(size: int, config: Config) -> int:
-    """The channels of the first layer with which the network comes to about `size` parameters, embeddings included.
+    """The first layer's channels that bring the network to about `size` parameters, embeddings included.
 
-    The larger root of a c^2 + b c = size - embeddings, rounded down; the paper's rule, which leaves out biases,
-    rounding and the least width. Raises InputError when the embeddings alone are larger than `size`.
+    The larger root of a c^2 + b c = size - embeddings, rounded down; the paper's rule, which leaves out
+    biases, rounding and the least width. Raises InputError when the embeddings alone are larger than `size`.
     """
     rows, columns = config.grid
     embeddings = 0 if config.indexed else config.frames * config.embedding * rows * columns
     if embeddings >= size:
-        raise InputError(f"--size {size}: the embeddings alone need {embeddings:,} parameters; ask for more, or for "
-                         f"larger strides than {','.join(map(str, config.strides))}")  # fmt: skip
+        raise InputError(
+            f"--size {size}: the embeddings alone need {embeddings:,} parameters; ask for more, or for "
+            f"larger strides than {_listed(config.strides)}"
+        )
     quadratic = sum(
         config.reduction ** (-2 * block - 1) * (stride * config.kernel(block)) ** 2
         for block, stride in enumerate(config.strides)
@@ -259,7 +267,11 @@ class HNeRV(SectionedCodec, nn.Module):
             return self.embeddings[index]
         # In double precision: the highest frequency turns through 10^7 radians.
         time = index.double() / self.config.frames
-        angle = time[:, None] * math.pi * BASE ** torch.arange(FREQUENCIES, dtype=torch.float64, device=index.device)
+        angle = (
+            time[:, None]
+            * math.pi
+            * BASE ** torch.arange(FREQUENCIES, dtype=torch.float64, device=index.device)
+        )
         return torch.cat([angle.sin(), angle.cos()], 1).float()[:, :, None, None]
 
     def forward(self, index: Int[Tensor, "b"]) -> Float[Tensor, "b 3 h w"]:
@@ -283,9 +295,10 @@ class HNeRV(SectionedCodec, nn.Module):
     ) -> bytes:
         """Fit a network to the clip and write it.
 
-        `size` is the number of stored parameters, which take a little less than a byte each in the file; by default
-        one for 72 pixels, within 40 thousand and 3 million. Frames that the strides do not divide are drawn larger
-        and cut back (`fit="pad"`), or lose their edges (`fit="crop"`). Holds the whole clip in memory, 8 bit.
+        `size` is the number of stored parameters, which take about a byte each in the file; by default one
+        for 72 pixels, within 40 thousand and 3 million. Frames that the strides do not divide are drawn
+        larger and cut back (`fit="pad"`), or lose their edges (`fit="crop"`). Holds the whole clip in memory,
+        8 bit.
         """
         pictures = _pictures(clip)
         config = cls.plan(*pictures.shape[-2:], len(pictures), size=size, strides=strides, fit=fit)
@@ -293,7 +306,9 @@ class HNeRV(SectionedCodec, nn.Module):
             pictures = _crop_to(pictures, config.height, config.width)
         network = cls.fit(pictures, config, epochs=epochs, batch=batch, loss=loss, seed=seed, device=device,
                           progress=progress)  # fmt: skip
-        header = replace(describe(clip, cls.method, asdict(config)), height=pictures.shape[-2], width=pictures.shape[-1])
+        header = replace(
+            describe(clip, cls.method, asdict(config)), height=pictures.shape[-2], width=pictures.shape[-1]
+        )
         return network.to_bytes(header, pack_times(clip))
 
     @classmethod
@@ -317,16 +332,20 @@ class HNeRV(SectionedCodec, nn.Module):
             raise InputError(_misfit(height, width, frames, size, chosen))
         tall, wide = (_fitted(side, product, fit == "crop") for side in (height, width))
         if not tall or not wide:
-            raise InputError(f"--strides {','.join(map(str, chosen))}: their product {product} is larger than the "
-                             f"frame of {width}x{height}; use smaller strides or --fit pad")  # fmt: skip
+            raise InputError(
+                f"--strides {_listed(chosen)}: their product {product} is larger than the frame of "
+                f"{width}x{height}; use smaller strides or --fit pad"
+            )
         config = Config(height=tall, width=wide, frames=frames, strides=chosen, channels=1,
                         lowest=8 if size < 300_000 else 12, **cls.family)  # fmt: skip
         config = replace(config, channels=max(solve_width(size, config), 1))
         while config.parameters > 1.1 * size and config.channels > 1:
             config = replace(config, channels=config.channels - 1)
         if config.parameters > 1.1 * size:
-            raise InputError(f"--size {size}: the smallest network for {width}x{height} and strides "
-                             f"{','.join(map(str, chosen))} has {config.parameters:,} parameters")  # fmt: skip
+            raise InputError(
+                f"--size {size}: the smallest network for {width}x{height} and strides {_listed(chosen)} "
+                f"has {config.parameters:,} parameters"
+            )
         config.check("the clip")
         return config
 
@@ -342,12 +361,12 @@ class HNeRV(SectionedCodec, nn.Module):
         seed: int = 0,
         device: str = "cpu",
         progress: Progress = silent,
-    ) -> Self:
+    ) -> "HNeRV":
         """The network of `config` after `epochs` over the pictures, on the CPU, its embeddings in place."""
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             learner = Learner(cls(config)).to(device, memory_format=torch.channels_last)
-        fit_network(learner, pictures, epochs=epochs, batch=batch, loss=loss, seed=seed, mixed=MIXED,
+        fit_network(learner, pictures, epochs=epochs, batch=batch, loss=loss, seed=seed,
                     progress=progress, label=f"fitting {cls.method}")  # fmt: skip
         learner.freeze(pictures)
         return learner.network.cpu().to(memory_format=torch.contiguous_format)
@@ -366,7 +385,7 @@ class HNeRV(SectionedCodec, nn.Module):
         return Container(header, sections | (more or {})).to_bytes()
 
     @classmethod
-    def from_container(cls, container: Container) -> Self:
+    def from_container(cls, container: Container) -> "HNeRV":
         """The network in a file, with exactly the weights that the file holds."""
         config = Config.from_header(container.header)
         if config.indexed != cls.family.get("indexed", False) or container.header.method != cls.method:
@@ -378,13 +397,15 @@ class HNeRV(SectionedCodec, nn.Module):
         state = dict(zip(names, values, strict=True))
         if not config.indexed:
             shape = network.embeddings.shape
-            (state["embeddings"],) = _stored(container, "embeddings", "embedding_sides", [shape], EMBEDDING_BITS)
+            (state["embeddings"],) = _stored(
+                container, "embeddings", "embedding_sides", [shape], EMBEDDING_BITS
+            )
         network.load_state_dict(state, assign=True)
         return network.requires_grad_(False).eval()
 
     @classmethod
     def decode(cls, data: bytes, frames: Sequence[int] | None = None) -> Iterator[Float[Tensor, "3 h w"]]:
-        """The frames asked for, each alone in its own forward pass, so that a frame never depends on the others."""
+        """The frames asked for, each in a forward pass of its own, so that none depends on the others."""
         container = parse(data)
         header = container.header
         wanted = cls.wanted(header, frames)
@@ -395,8 +416,8 @@ class HNeRV(SectionedCodec, nn.Module):
             yield picture.clone()
 
     @classmethod
-    def from_official(cls, path: str | Path) -> Self:
-        """The network in a `quant_vid.pth` of the authors' code: 132 frames of 640x1280, 1.5 million parameters.
+    def from_official(cls, path: str | Path) -> "HNeRV":
+        """The network in a `quant_vid.pth` of the authors: 132 frames of 640x1280, 1.5 million parameters.
 
         Raises InputError that names the first key or shape that is not as published.
         """
@@ -417,7 +438,9 @@ class HNeRV(SectionedCodec, nn.Module):
         for ours, theirs in names.items():
             for kind in ("weight", "bias"):
                 key = f"{theirs}.{kind}"
-                state[f"{ours}.{kind}"] = _official(stored["model"].get(key), key, shapes[f"{ours}.{kind}"], path)
+                state[f"{ours}.{kind}"] = _official(
+                    stored["model"].get(key), key, shapes[f"{ours}.{kind}"], path
+                )
         network.load_state_dict(state, assign=True)
         return network.requires_grad_(False).eval()
 
@@ -435,7 +458,9 @@ class NeRV(HNeRV):
     def preset(cls, size: str) -> Config:
         """The sizes of `HNeRV.preset`, by NeRV's own plan of channels and kernels."""
         if size == "tiny":
-            return Config(height=64, width=128, frames=32, strides=(4, 2, 2, 2), channels=14, lowest=8, **cls.family)
+            return Config(
+                height=64, width=128, frames=32, strides=(4, 2, 2, 2), channels=14, lowest=8, **cls.family
+            )
         return Config(height=640, width=1280, frames=132, strides=(5, 4, 2, 2), channels=54, **cls.family)
 
 
@@ -447,7 +472,9 @@ class Learner(nn.Module):
         self.network = network
         self.encoder = None if network.config.indexed else Encoder(network.config)
 
-    def forward(self, index: Int[Tensor, "b"], pictures: Float[Tensor, "b 3 h w"]) -> Float[Tensor, "b 3 h w"]:
+    def forward(
+        self, index: Int[Tensor, "b"], pictures: Float[Tensor, "b 3 h w"]
+    ) -> Float[Tensor, "b 3 h w"]:
         code = self.network.code(index) if self.encoder is None else self.encoder(self._padded(pictures))
         return self.network.draw(code)[..., : pictures.shape[-2], : pictures.shape[-1]]
 
@@ -510,9 +537,15 @@ def _misfit(height: int, width: int, frames: int, size: int, strides: tuple[int,
     product = math.prod(strides)
     tall, wide = _fitted(height, product, True), _fitted(width, product, True)
     crop = f"crop to {wide}x{tall} (--fit crop), " if tall and wide else ""
-    other = ",".join(map(str, _strides_for(height, width, frames, size)))
-    return (f"--strides {','.join(map(str, strides))}: their product {product} does not divide {width}x{height}; "
-            f"{crop}pad (--fit pad) or use strides {other}")  # fmt: skip
+    other = _listed(_strides_for(height, width, frames, size))
+    return (
+        f"--strides {_listed(strides)}: their product {product} does not divide {width}x{height}; "
+        f"{crop}pad (--fit pad) or use strides {other}"
+    )
+
+
+def _listed(strides: Sequence[int]) -> str:
+    return ",".join(map(str, strides))
 
 
 def _symbols(tensors: Sequence[Quantised]) -> Any:
