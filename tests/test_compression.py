@@ -139,6 +139,19 @@ def test_a_failed_compression_leaves_what_was_there(tmp_path):
     assert len(list(tmp_path.iterdir())) == 1
 
 
+def test_a_full_disk_leaves_what_was_there(tmp_path, monkeypatch):
+    def full(_):
+        raise OSError(28, "No space left on device")
+
+    out = tmp_path / "out.flm"
+    out.write_bytes(b"before")
+    monkeypatch.setattr("os.fsync", full)
+    with pytest.raises(InputError, match=r"out\.flm: cannot be written \(No space left on device\)"):
+        compress(moving(3), out, "x264")
+    assert out.read_bytes() == b"before"
+    assert len(list(tmp_path.iterdir())) == 1
+
+
 def test_inspect_accounts_for_every_byte(coded):
     method, _, data = coded
     found = inspect(data)

@@ -1,5 +1,6 @@
 """HNeRV and NeRV: published sizes, the fit, files that decode by themselves, and what is refused."""
 
+import math
 import os
 import random
 import subprocess
@@ -129,12 +130,19 @@ def test_strides_are_the_published_ones_where_there_are_published_ones():
 @pytest.mark.parametrize("method", [HNeRV, NeRV])
 def test_every_frame_size_has_a_plan_with_little_padding(size, method):
     config = method.plan(*size, 100)
-    product = torch.tensor(config.strides).prod()
+    product = math.prod(config.strides)
     assert config.height % product == config.width % product == 0
     assert config.height >= size[0]
     assert config.width >= size[1]
     if min(size) >= 64:
         assert config.height * config.width < 1.15 * size[0] * size[1]
+
+
+def test_a_plan_comes_near_the_size_asked_for():
+    for size in (40_000, 350_000, 1_500_000):
+        for method in (HNeRV, NeRV):
+            assert method.plan(640, 1280, 32, size=size).parameters == pytest.approx(size, rel=0.08)
+    assert HNeRV.plan(640, 1280, 132, size=1_500_000) == PAPER
 
 
 def test_blocks_and_fold_have_the_published_form():
@@ -366,6 +374,20 @@ def test_hostile_configurations_are_refused():
         header = replace(container.header, config=container.header.config | change)
         with pytest.raises(InputError):
             list(HNeRV.decode(Container(header, container.sections).to_bytes()))
+
+
+@pytest.mark.parametrize(
+    "change", [{"channels": 4096}, {"lowest": 4096}, {"strides": [16] * 4, "height": 1 << 16}]
+)
+def test_a_network_that_cannot_be_meant_is_refused_before_anything_is_allocated(change):
+    header = describe(moving(), "hnerv", asdict(SMALL))
+    config = asdict(SMALL) | {"strides": [2, 2, 2], "kernels": [1, 5]} | change
+    if "height" in change:
+        # One pixel of embedding for 65536x65536 pixels.
+        config["width"] = config["height"]
+        header = replace(header, width=1 << 10, height=1 << 16)
+    with pytest.raises(InputError, match="of this size cannot be meant"):
+        Config.from_header(header)
 
 
 def test_mutated_files_decode_or_are_refused():

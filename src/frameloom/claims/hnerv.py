@@ -18,7 +18,7 @@ from frameloom.bitstream.container import parse
 from frameloom.metrics import psnr
 from frameloom.progress import Progress, silent
 from frameloom.tasks.compression.base import describe
-from frameloom.tasks.compression.hnerv import Config, HNeRV, NeRV, solve_width
+from frameloom.tasks.compression.hnerv import Config, HNeRV, NeRV, of_size, solve_width
 from frameloom.video.clip import Clip
 from frameloom.world.world import World
 
@@ -42,7 +42,7 @@ def measure(seed: int = 0, epochs: int = 150, progress: Progress = silent) -> di
     clip = Clip.from_tensor(pictures)
     target = pictures.float() / 255
     plain = HNeRV.preset("tiny")
-    even = _of_one_size(replace(plain, kernels=(3, 3), reduction=2.0), plain.parameters)
+    even = of_size(replace(plain, kernels=(3, 3), reduction=2.0), plain.parameters)
     plans: list[tuple[str, type[HNeRV], Config]] = [
         ("hnerv", HNeRV, plain),
         ("nerv", NeRV, NeRV.preset("tiny")),
@@ -85,12 +85,6 @@ def measure(seed: int = 0, epochs: int = 150, progress: Progress = silent) -> di
         "seed": seed,
         "epochs": epochs,
     }
-
-
-def _of_one_size(config: Config, parameters: int) -> Config:
-    """`config` with the first width that brings it nearest to so many parameters."""
-    widths = (replace(config, channels=channels) for channels in range(1, 100))
-    return min(widths, key=lambda one: abs(one.parameters - parameters))
 
 
 def _width(method: type[HNeRV], size: int) -> int:

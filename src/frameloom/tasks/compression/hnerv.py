@@ -163,6 +163,13 @@ def solve_width(size: int, config: Config) -> int:
     return int((root - linear) / (2 * quadratic))
 
 
+def of_size(config: Config, size: int) -> Config:
+    """`config` with the first width that brings its real number of parameters nearest to `size`."""
+    about = max(solve_width(size, config), 1)
+    widths = (replace(config, channels=channels) for channels in range(1, 2 * about + 2))
+    return min(widths, key=lambda one: abs(one.parameters - size))
+
+
 class Block(nn.Module):
     """Convolution, pixel shuffle, GELU: `stride` times the size."""
 
@@ -338,9 +345,7 @@ class HNeRV(SectionedCodec, nn.Module):
             )
         config = Config(height=tall, width=wide, frames=frames, strides=chosen, channels=1,
                         lowest=8 if size < 300_000 else 12, **cls.family)  # fmt: skip
-        config = replace(config, channels=max(solve_width(size, config), 1))
-        while config.parameters > 1.1 * size and config.channels > 1:
-            config = replace(config, channels=config.channels - 1)
+        config = of_size(config, size)
         if config.parameters > 1.1 * size:
             raise InputError(
                 f"--size {size}: the smallest network for {width}x{height} and strides {_listed(chosen)} "
