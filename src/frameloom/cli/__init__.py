@@ -1,0 +1,1 @@
+"""The command line: one command a verb, each a thin layer over the Python function of the same name."""

@@ -1,0 +1,1 @@
+"""Motion between pictures: flow without weights, warping, cuts."""

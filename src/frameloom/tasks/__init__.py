@@ -1,0 +1,1 @@
+"""One folder per task, one file per method."""

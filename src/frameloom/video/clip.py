@@ -26,7 +26,8 @@ class Info:
     """What is known of a clip before its frames are read.
 
     `rate` is frames a second; when `regular` is False the rate is an average and the times are what counts.
-    `pix_fmt` is the native layout of decoded frames (`"yuv420p"`, `"yuv420p10le"`, `"rgb24"`).
+    `pix_fmt` is the native layout of decoded frames (`"yuv420p"`, `"yuv420p10le"`, `"rgb24"`); `rotation` the
+    degrees, already applied, that the file asked for; `pixel_aspect` the width of a pixel over its height.
     """
 
     width: int
@@ -38,6 +39,7 @@ class Info:
     name: str = "clip"
     codec: str = ""
     rotation: int = 0
+    pixel_aspect: Fraction = Fraction(1)
 
 
 class Frame:
@@ -88,6 +90,7 @@ class Source:
     """Where a clip's frames come from. Subclasses give `info`, `times`, `frames` and `fingerprint`."""
 
     info: Info
+    base: "Source | None" = None
     passthrough: Passthrough | None = None
 
     def times(self) -> Sequence[Fraction]:
@@ -101,6 +104,10 @@ class Source:
     def fingerprint(self) -> str:
         """Says what these frames depend on; equal fingerprints mean equal frames. Used to resume safely."""
         raise NotImplementedError
+
+    def inputs(self) -> list[Path]:
+        """The files that are being read: the ones that must not be written."""
+        return self.base.inputs() if self.base else []
 
     def end(self) -> Fraction:
         """The instant at which the last frame stops being shown."""

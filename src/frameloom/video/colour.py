@@ -56,11 +56,10 @@ class Colour:
         if matrix in (UNSPECIFIED, RGB, 3):
             matrix = BT709 if frame.width >= 1280 or frame.height > 576 else BT601
         if matrix not in _LUMA:
-            raise InputError(
-                f"the picture's colour matrix (H.273 code {matrix}) is not one of BT.601, 709, 2020"
-            )
-        # "yuvj" is the old way to say full range; gray without a tag comes from still pictures.
-        full = int(frame.color_range) == 2 or frame.format.name.startswith("yuvj")
+            raise InputError(f"the picture's colour matrix (H.273 code {matrix}) is not one of BT.601, 709, 2020")
+        # "yuvj" is the old way to say full range; grey without a tag comes from still pictures.
+        untagged_grey = len(frame.format.components) <= 2 and int(frame.color_range) == 0
+        full = int(frame.color_range) == 2 or frame.format.name.startswith("yuvj") or untagged_grey
         return Colour(matrix, full, int(frame.color_primaries), int(frame.color_trc), depth)
 
     def as_video(self) -> "Colour":
@@ -106,9 +105,7 @@ def _upsample(chroma: Tensor, rows: int, columns: int, centred: bool) -> Tensor:
     if chroma.shape[0] < rows:
         before = torch.cat([chroma[:1], chroma[:-1]])
         after = torch.cat([chroma[1:], chroma[-1:]])
-        chroma = torch.stack([0.75 * chroma + 0.25 * before, 0.75 * chroma + 0.25 * after], 1).flatten(0, 1)[
-            :rows
-        ]
+        chroma = torch.stack([0.75 * chroma + 0.25 * before, 0.75 * chroma + 0.25 * after], 1).flatten(0, 1)[:rows]
     if chroma.shape[1] < columns:
         before = torch.cat([chroma[:, :1], chroma[:, :-1]], 1)
         after = torch.cat([chroma[:, 1:], chroma[:, -1:]], 1)
@@ -137,9 +134,7 @@ def _downsample(chroma: Tensor, half_rows: bool, half_columns: bool) -> Tensor:
 
 def _drop_alpha(opacity: np.ndarray, depth: int) -> None:
     if int(opacity.min()) < 2**depth - 1:
-        raise InputError(
-            "the picture has transparency, which a video cannot keep; flatten it onto a background first"
-        )
+        raise InputError("the picture has transparency, which a video cannot keep; flatten it onto a background first")
 
 
 def rgb_from_native(frame: av.VideoFrame, colour: Colour) -> Float[Tensor, "3 h w"]:

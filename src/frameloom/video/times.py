@@ -23,9 +23,7 @@ def parse_rate(value: str | float | int | Fraction, flag: str = "--fps") -> Frac
     except (ValueError, ZeroDivisionError):
         rate = Fraction(0)
     if rate <= 0:
-        raise InputError(
-            f"{flag} {value}: a frame rate is a positive number such as 60, 23.976 or 30000/1001"
-        )
+        raise InputError(f"{flag} {value}: a frame rate is a positive number such as 60, 23.976 or 30000/1001")
     if rate > MAX_RATE:
         raise InputError(f"{flag} {value}: more than {MAX_RATE:,} frames a second cannot be meant")
     return rate

@@ -1,0 +1,60 @@
+"""Dense inverse search: optical flow with no weights, through OpenCV.
+
+Kroeger, Timofte, Dai, Van Gool. Fast Optical Flow using Dense Inverse Search. ECCV 2016, arXiv 1603.03590.
+"""
+
+import cv2
+import numpy as np
+from jaxtyping import Float
+from torch import Tensor
+
+
+def pixels(frame: Float[Tensor, "3 h w"]) -> np.ndarray:
+    """An RGB picture in [0, 1] as uint8 `(h, w, 3)`, the form in which OpenCV takes pictures."""
+    return np.rint(frame.detach().cpu().permute(1, 2, 0).numpy() * 255).clip(0, 255).astype(np.uint8)
+
+
+def grey_pixels(frame: Float[Tensor, "3 h w"]) -> np.ndarray:
+    """Luma of an RGB picture as uint8 `(h, w)`, the form in which OpenCV's trackers take pictures."""
+    return cv2.cvtColor(pixels(frame), cv2.COLOR_RGB2GRAY)
+
+
+def dis_flow(
+    first: np.ndarray, second: np.ndarray, *, scale: int = 1, finest: int = 1, patch: int = 8, stride: int = 4
+) -> np.ndarray:
+    """Flow `(h, w, 2)` float32 in pixels from `first` to `second`, grey uint8 `(h, w)`.
+
+    `scale` 2 estimates at twice the size (cubic), which finds smaller motions; the result is in pixels of the
+    pictures that were given.
+    """
+    height, width = first.shape
+    if scale != 1:
+        size = width * scale, height * scale
+        first = cv2.resize(first, size, interpolation=cv2.INTER_CUBIC)
+        second = cv2.resize(second, size, interpolation=cv2.INTER_CUBIC)
+    # The coarsest patch must fit: tiny pictures are padded, and the padding cut off again.
+    pad_h, pad_w = max(0, 32 - first.shape[0]), max(0, 32 - first.shape[1])
+    if pad_h or pad_w:
+        first, second = (cv2.copyMakeBorder(x, 0, pad_h, 0, pad_w, cv2.BORDER_REPLICATE) for x in (first, second))
+    engine = cv2.DISOpticalFlow_create(cv2.DISOPTICAL_FLOW_PRESET_MEDIUM)
+    engine.setFinestScale(finest)
+    engine.setPatchSize(patch)
+    engine.setPatchStride(stride)
+    flow = engine.calc(first, second, None)
+    flow = flow[: flow.shape[0] - pad_h, : flow.shape[1] - pad_w]
+    if scale != 1:
+        flow = cv2.resize(flow, (width, height), interpolation=cv2.INTER_AREA) / scale
+    return flow
+
+
+def remap(picture: np.ndarray, flow: np.ndarray, amount: float = 1.0, mode: int = cv2.INTER_CUBIC) -> np.ndarray:
+    """`picture` (h, w, c) sampled at x + amount * flow(x), edges repeated."""
+    height, width = flow.shape[:2]
+    columns, rows = np.meshgrid(np.arange(width, dtype=np.float32), np.arange(height, dtype=np.float32))
+    return cv2.remap(
+        picture,
+        columns + amount * flow[..., 0],
+        rows + amount * flow[..., 1],
+        mode,
+        borderMode=cv2.BORDER_REPLICATE,
+    )

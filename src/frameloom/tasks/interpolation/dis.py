@@ -1,0 +1,64 @@
+"""DIS: interpolation without weights, by dense inverse search flow and many cubic warps.
+
+A picture at phase t is the weighted mean of eight warps: each of the two frames, moved by each of four flows
+(forward and backward, estimated at the picture's own size and at twice that). The errors of the flows are nearly
+independent, so the mean is better than the best of them; cubic sampling keeps what bilinear would blur away; and
+where the two frames disagree by more than the local contrast explains, a slight blur costs less than a wrong edge.
+Where the flow is shorter than its own error the recorded pixels are simply averaged.
+
+Flow: Kroeger et al., Fast Optical Flow using Dense Inverse Search, ECCV 2016 (see `frameloom.motion.dis`).
+"""
+
+import cv2
+import numpy as np
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from frameloom.motion.dis import dis_flow, grey_pixels, remap
+
+# Pixels of motion up to which a flow is more error than motion; from here to twice this the warps fade in.
+STILL = 0.5
+
+
+class DIS:
+    """Flow both ways at two sizes, eight cubic warps, softened where the two frames disagree."""
+
+    fixed_t = False
+    tile = None
+
+    def between(self, frame0: Float[Tensor, "3 h w"], frame1: Float[Tensor, "3 h w"]):
+        """The function t -> picture `(3, h, w)`; the flows are estimated once, here."""
+        first, second = grey_pixels(frame0), grey_pixels(frame1)
+        flows = [(dis_flow(first, second, scale=scale), dis_flow(second, first, scale=scale)) for scale in (1, 2)]
+        picture0, picture1 = (np.ascontiguousarray(x.cpu().permute(1, 2, 0).numpy()) for x in (frame0, frame1))
+
+        def at(t: float) -> Tensor:
+            made = synthesise(picture0, picture1, flows, t)
+            return torch.from_numpy(made).permute(2, 0, 1).clamp(0, 1).to(frame0.device)
+
+        return at
+
+
+def synthesise(
+    picture0: np.ndarray, picture1: np.ndarray, flows: list[tuple[np.ndarray, np.ndarray]], t: float
+) -> np.ndarray:
+    """The picture (h, w, 3) at phase t from two pictures and pairs of flows 0 -> 1 and 1 -> 0, each (h, w, 2)."""
+    warped0, warped1 = np.zeros_like(picture0), np.zeros_like(picture1)
+    share = 1 / (2 * len(flows))
+    for forward, backward in flows:
+        warped0 += share * (remap(picture0, forward, -t) + remap(picture0, backward, t))
+        warped1 += share * (remap(picture1, forward, 1 - t) + remap(picture1, backward, t - 1))
+    moved = _soften((1 - t) * warped0 + t * warped1, np.abs(warped0 - warped1).mean(-1))
+    still = (1 - t) * picture0 + t * picture1
+    length = sum(np.linalg.norm(flow, axis=-1) for pair in flows for flow in pair) * share
+    return still + np.clip(cv2.blur(length, (9, 9)) / STILL - 1, 0, 1)[..., None] * (moved - still)
+
+
+def _soften(picture: np.ndarray, gap: np.ndarray) -> np.ndarray:
+    """Blur where the gap between the two warped frames exceeds what the local gradient explains."""
+    gap = cv2.blur(gap * 255, (5, 5))
+    grey = picture.mean(-1) * 255
+    slope = np.hypot(cv2.Sobel(grey, cv2.CV_32F, 1, 0, scale=1 / 8), cv2.Sobel(grey, cv2.CV_32F, 0, 1, scale=1 / 8))
+    doubt = np.clip(gap / (cv2.blur(slope, (5, 5)) + 2) - 0.5, 0, 1) * np.clip((gap - 3) / 3, 0, 1)
+    return picture + doubt[..., None] * (cv2.GaussianBlur(picture, (0, 0), 1.0) - picture)

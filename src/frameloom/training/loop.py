@@ -1,0 +1,252 @@
+"""The training loop: any method that has a loss and batches; stopped at any step, it goes on to the same end.
+
+Batch k depends on nothing but the seed and k, and every step seeds its own randomness, so the state of a run is
+its weights, its optimiser and its step number: one safetensors file, replaced in one step.
+"""
+
+import copy
+import json
+import os
+import time
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any, Protocol, runtime_checkable
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, Dataset
+
+from frameloom.cards import card
+from frameloom.errors import InputError, Interrupted
+from frameloom.progress import Progress, silent
+from frameloom.training.pretrained import save_pretrained
+from frameloom.training.recipe import Recipe
+
+
+@runtime_checkable
+class Batches(Protocol):
+    """Endless training data: `batch` gives the examples of those numbers; `progress` in [0, 1] serves curricula."""
+
+    def batch(self, indices: list[int], progress: float) -> dict[str, Tensor]: ...
+
+
+@runtime_checkable
+class Trainable(Protocol):
+    """What a method's class offers to be trained."""
+
+    config: Any
+
+    @classmethod
+    def preset(cls, size: str) -> Any: ...
+
+    @classmethod
+    def recipe(cls, size: str) -> Recipe: ...
+
+    @classmethod
+    def dataset(cls, source: str, size: str, seed: int) -> Batches: ...
+
+    def loss(self, batch: dict[str, Tensor]) -> Tensor: ...
+
+
+class _Steps(Dataset):
+    """The batch of every step, as a map-style data set, so that a worker process can render ahead."""
+
+    def __init__(self, data: Batches, recipe: Recipe) -> None:
+        self.data, self.recipe = data, recipe
+
+    def __len__(self) -> int:
+        return self.recipe.steps
+
+    def __getitem__(self, step: int) -> dict[str, Tensor]:
+        size = self.recipe.batch_size
+        return self.data.batch(list(range(step * size, (step + 1) * size)), step / self.recipe.steps)
+
+
+def train(
+    method: str,
+    out: str | Path,
+    *,
+    size: str = "tiny",
+    data: str = "world",
+    seed: int = 0,
+    device: str = "cpu",
+    steps: int | None = None,
+    workers: int = 1,
+    save_every: float = 60.0,
+    progress: Progress = silent,
+) -> Path:
+    """Train a method into the folder `out`; call it again after a stop to go on.
+
+    Writes `config.json`, `model.safetensors`, `metrics.jsonl`, TensorBoard events, `README.md`, and while it is
+    under way `state.safetensors`.
+
+    Args:
+        data: `"world"`, or `KIND:DIR` for a data set that the method knows.
+        steps: another length than the recipe's.
+        workers: processes that prepare batches ahead; 0 prepares them in this one.
+        save_every: seconds between saves of the state.
+
+    Raises:
+        InputError: the method cannot be trained, or `out` holds a run of other settings, or the loss is no
+            number any more (the step is named).
+        Interrupted: Ctrl-C; the state is saved.
+    """
+    kind = card(method).load_class()
+    if not hasattr(kind, "recipe"):
+        raise InputError(f"{method} has nothing to train")
+    recipe = kind.recipe(size)
+    if steps is not None:
+        recipe = replace(recipe, steps=steps, warmup=min(recipe.warmup, max(1, steps // 10)))
+    run = {"method": method, "size": size, "data": data, "seed": seed, "recipe": asdict(recipe)}
+    out = Path(out)
+    out.mkdir(parents=True, exist_ok=True)
+    _claim_folder(out, run)
+
+    from accelerate import Accelerator
+    from torch.utils.tensorboard import SummaryWriter
+
+    # A rendering worker and a training thread on one core slow each other down tenfold: leave each its own.
+    if device == "cpu":
+        torch.set_num_threads(max(1, (os.cpu_count() or 1) - workers))
+    half = "bf16" if recipe.bf16 else "no"
+    accelerator = Accelerator(mixed_precision=half, cpu=device == "cpu")
+    torch.manual_seed(seed)
+    model: nn.Module = kind(kind.preset(size))
+    model.train()
+    if recipe.channels_last:
+        model.to(memory_format=torch.channels_last)
+    optimiser = torch.optim.AdamW(
+        model.parameters(), lr=recipe.lr, betas=recipe.betas, weight_decay=recipe.weight_decay
+    )
+    average = copy.deepcopy(model).eval() if recipe.ema else None
+    start = _restore(out, model, average, optimiser)
+    if start >= recipe.steps:
+        progress("trained", recipe.steps, recipe.steps)
+        return out
+    _forget_after(out / "metrics.jsonl", start)
+    model, optimiser = accelerator.prepare(model, optimiser)
+    if average is not None:
+        average.to(accelerator.device)
+    batches = DataLoader(_Steps(kind.dataset(data, size, seed), recipe), batch_size=None,
+                         sampler=range(start, recipe.steps), num_workers=workers,
+                         prefetch_factor=4 if workers else None, persistent_workers=workers > 0)  # fmt: skip
+    board = SummaryWriter(str(out / "events"), purge_step=start)
+    saved = begun = time.monotonic()
+    step = start
+    try:
+        with (out / "metrics.jsonl").open("a") as metrics:
+            for step, batch in enumerate(batches, start):
+                torch.manual_seed(seed * 1_000_003 + step)
+                rate = recipe.lr_at(step)
+                for group in optimiser.param_groups:
+                    group["lr"] = rate
+                batch = {name: value.to(accelerator.device) for name, value in batch.items()}
+                with accelerator.autocast():
+                    loss = accelerator.unwrap_model(model).loss(batch)
+                if not torch.isfinite(loss):
+                    raise InputError(f"{out}: the loss is {loss.item()} at step {step}; try a lower learning rate")
+                accelerator.backward(loss)
+                norm = accelerator.clip_grad_norm_(model.parameters(), recipe.clip_norm)
+                optimiser.step()
+                optimiser.zero_grad(set_to_none=True)
+                if average is not None:
+                    _blend(average, accelerator.unwrap_model(model), recipe.ema, step)
+                if step % 50 == 0 or step + 1 == recipe.steps:
+                    row = {"step": step, "loss": round(loss.item(), 6), "lr": rate, "norm": round(float(norm), 4),
+                           "seconds": round(time.monotonic() - begun, 1)}  # fmt: skip
+                    metrics.write(json.dumps(row) + "\n")
+                    metrics.flush()
+                    board.add_scalar("loss", row["loss"], step)
+                    board.add_scalar("lr", rate, step)
+                if time.monotonic() - saved > save_every:
+                    _save(out, accelerator.unwrap_model(model), average, optimiser, step + 1)
+                    saved = time.monotonic()
+                progress("training", step + 1, recipe.steps)
+    except KeyboardInterrupt:
+        # The step that was under way may have changed some weights: the last whole state is the one on disk.
+        raise Interrupted(f"{out}: stopped at step {step}; the same command goes on from the last save") from None
+    finally:
+        board.close()
+    final = accelerator.unwrap_model(model)
+    _save(out, final, average, optimiser, recipe.steps)
+    save_pretrained(average if average is not None else final, method, out)
+    (out / "README.md").write_text(_readme(run, time.monotonic() - begun, final))
+    return out
+
+
+def _claim_folder(out: Path, run: dict) -> None:
+    """A folder is one run: the first call writes what it is, later calls must agree."""
+    note = out / "run.json"
+    text = json.dumps(run, indent=2) + "\n"
+    if note.is_file():
+        if note.read_text() != text:
+            raise InputError(f"{out}: holds a run of other settings (see run.json); choose another -o")
+    elif (out / "model.safetensors").exists():
+        raise InputError(f"{out}: holds weights that another run made; choose another -o")
+    else:
+        note.write_text(text)
+
+
+def _save(out: Path, model: nn.Module, average: nn.Module | None, optimiser, step: int) -> None:
+    tensors = {f"model.{name}": value for name, value in model.state_dict().items()}
+    if average is not None:
+        tensors |= {f"average.{name}": value for name, value in average.state_dict().items()}
+    for number, slots in optimiser.state_dict()["state"].items():
+        tensors |= {f"optimiser.{number}.{slot}": value for slot, value in slots.items()}
+    tensors = {name: value.detach().cpu().contiguous().clone() for name, value in tensors.items()}
+    save_file(tensors, out / "state.tmp", metadata={"step": str(step)})
+    os.replace(out / "state.tmp", out / "state.safetensors")
+
+
+def _restore(out: Path, model: nn.Module, average: nn.Module | None, optimiser) -> int:
+    """Load the last saved state, if there is one; the number of steps done."""
+    path = out / "state.safetensors"
+    if not path.is_file():
+        return 0
+    from safetensors import safe_open
+
+    with safe_open(path, "pt") as file:
+        step = int(file.metadata()["step"])
+    parts: dict[str, dict[str, Tensor]] = {"model": {}, "average": {}, "optimiser": {}}
+    for name, value in load_file(path).items():
+        part, _, rest = name.partition(".")
+        parts[part][rest] = value
+    model.load_state_dict(parts["model"])
+    if average is not None:
+        average.load_state_dict(parts["average"])
+    slots: dict[int, dict[str, Tensor]] = {}
+    for name, value in parts["optimiser"].items():
+        number, _, slot = name.partition(".")
+        slots.setdefault(int(number), {})[slot] = value
+    optimiser.load_state_dict({"state": slots, "param_groups": optimiser.state_dict()["param_groups"]})
+    return step
+
+
+def _forget_after(log: Path, step: int) -> None:
+    """Drop the rows of steps that will be run again."""
+    if log.is_file():
+        rows = [row for row in log.read_text().splitlines() if row and json.loads(row)["step"] < step]
+        log.write_text("".join(row + "\n" for row in rows))
+
+
+@torch.no_grad()
+def _blend(average: nn.Module, model: nn.Module, decay: float, step: int) -> None:
+    """Exponential average; short while young, so that the first weights are soon forgotten."""
+    weight = min(decay, (1 + step) / (10 + step))
+    for kept, fresh in zip(average.state_dict().values(), model.state_dict().values(), strict=True):
+        if kept.is_floating_point():
+            kept.lerp_(fresh.to(kept.dtype), 1 - weight)
+        else:
+            kept.copy_(fresh)
+
+
+def _readme(run: dict, seconds: float, model: nn.Module) -> str:
+    count = sum(parameter.numel() for parameter in model.parameters())
+    return (
+        f"# {run['method']} ({run['size']})\n\n{count:,} parameters, trained on `{run['data']}` for "
+        f"{run['recipe']['steps']:,} steps of {run['recipe']['batch_size']} examples; the last stretch took "
+        f"{seconds / 60:.1f} minutes on {torch.get_num_threads()} threads.\n\n"
+        f"Made by `frameloom train {run['method']} --size {run['size']} --data {run['data']} "
+        f"--seed {run['seed']}`; the settings are in `run.json`, the curve in `metrics.jsonl`.\n"
+    )

@@ -1,0 +1,23 @@
+"""What many tests share: the real footage, when it is there, and small files made on the spot."""
+
+import os
+from pathlib import Path
+
+import pytest
+import torch
+
+CLIPS = Path(os.environ.get("FRAMELOOM_CLIPS", Path(__file__).parents[1] / ".." / "shared" / "clips")).resolve()
+
+
+@pytest.fixture(scope="session", autouse=True)
+def one_thread():
+    """Small tensors: more threads only get in each other's way."""
+    torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session")
+def clips() -> Path:
+    """The folder of real footage; tests that need it are skipped where it is absent."""
+    if not CLIPS.is_dir():
+        pytest.skip("the real footage is not here")
+    return CLIPS
