@@ -80,9 +80,7 @@ def step_times(clip: Clip, size: int | None, rounds: int = 3) -> list[dict]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("clip", nargs="?")
     parser.add_argument("--frames", type=int, default=32)
     parser.add_argument("--height", type=int, default=64)
@@ -111,9 +109,7 @@ def main() -> None:
     for step in steps:
         print(f"{step['step']:22} {step['cpu_milliseconds']:.1f} ms a step")
     if arguments.json:
-        arguments.json.write_text(
-            json.dumps({"clip": clip.info.name, "rows": rows, "steps": steps}, indent=1)
-        )
+        arguments.json.write_text(json.dumps({"clip": clip.info.name, "rows": rows, "steps": steps}, indent=1))
 
 
 if __name__ == "__main__":

@@ -37,6 +37,7 @@ HEADER = Header(
     frames=32,
     rate=Fraction(30000, 1001),
     colour=Colour(BT709, False, 1, 1, 8),
+    pixel_aspect=Fraction(16, 15),
 )
 
 
@@ -99,6 +100,8 @@ HOSTILE = [
     lambda body: body.update(frames="32"),
     lambda body: body.update(rate=[1, 0]),
     lambda body: body.update(rate=3),
+    lambda body: body.update(rate=[1, 2, 3]),
+    lambda body: body.update(pixel_aspect=["1", 1]),
     lambda body: body.update(reader=None),
     lambda body: body.update(config=[]),
     lambda body: body.update(extra=1),
@@ -121,9 +124,7 @@ def test_a_hostile_header_is_refused(change):
         parse(with_header(sample(), change))
 
 
-@pytest.mark.parametrize(
-    "text", [b"[" * 100_000, b"9" * 5000, b"\xff\xfe", b"{}", b"[]", b'{"sections":[[]]}']
-)
+@pytest.mark.parametrize("text", [b"[" * 100_000, b"9" * 5000, b"\xff\xfe", b"{}", b"[]", b'{"sections":[[]]}'])
 def test_a_header_that_is_no_description_is_refused(text):
     with pytest.raises(InputError, match="header is damaged"):
         parse(sample()[:10] + struct.pack("<II", len(text), zlib.crc32(text)) + text)
@@ -240,9 +241,7 @@ def test_quantised_values_are_within_half_a_step(shape, bits, log_scale, seed):
 
 def test_an_axis_is_chosen_when_it_helps_and_costs_little():
     tensor = torch.randn(100, 40, generator=torch.Generator().manual_seed(0)) * torch.logspace(-3, 0, 40)
-    assert (
-        quantise(tensor, 8).axis == 0
-    )  # a pair for each of 40 columns is 1% of 4000, for each of 100 rows 2.5%
+    assert quantise(tensor, 8).axis == 0  # a pair for each of 40 columns is 1% of 4000, for each of 100 rows 2.5%
     assert quantise(tensor[:50], 8).axis is None  # 2% of 2000 is not below 2%
 
 

@@ -21,9 +21,9 @@ CODECS = {"x264": X264, "x265": X265, "av1": AV1}
 def moving(frames: int = 20, height: int = 64, width: int = 96) -> Clip:
     """A smooth random texture that slides by."""
     chance = torch.Generator().manual_seed(0)
-    noise = 0.8 * torch.rand(1, 1, 24, 40, generator=chance) + 0.2 * torch.rand(
-        1, 3, 6, 10, generator=chance
-    ).repeat(1, 1, 4, 4)
+    noise = 0.8 * torch.rand(1, 1, 24, 40, generator=chance) + 0.2 * torch.rand(1, 3, 6, 10, generator=chance).repeat(
+        1, 1, 4, 4
+    )
     texture = F.interpolate(noise, size=(height + 40, width + 80), mode="bicubic").clamp(0, 1)[0]
     views = [texture[:, k : k + height, 2 * k : 2 * k + width] for k in range(frames)]
     return Clip.from_tensor((torch.stack(views) * 255).round().to(torch.uint8), 25)

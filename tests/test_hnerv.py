@@ -124,9 +124,7 @@ def test_strides_are_the_published_ones_where_there_are_published_ones():
     assert HNeRV.plan(64, 128, 32).strides == (4, 2, 2, 2)
 
 
-@pytest.mark.parametrize(
-    "size", [(256, 340), (360, 640), (1080, 1920), (1108, 692), (64, 64), (8, 8), (37, 451)]
-)
+@pytest.mark.parametrize("size", [(256, 340), (360, 640), (1080, 1920), (1108, 692), (64, 64), (8, 8), (37, 451)])
 @pytest.mark.parametrize("method", [HNeRV, NeRV])
 def test_every_frame_size_has_a_plan_with_little_padding(size, method):
     config = method.plan(*size, 100)
@@ -139,7 +137,7 @@ def test_every_frame_size_has_a_plan_with_little_padding(size, method):
 
 
 def test_a_plan_comes_near_the_size_asked_for():
-    for size in (40_000, 350_000, 1_500_000):
+    for size in (80_000, 350_000, 1_500_000):
         for method in (HNeRV, NeRV):
             assert method.plan(640, 1280, 32, size=size).parameters == pytest.approx(size, rel=0.08)
     assert HNeRV.plan(640, 1280, 132, size=1_500_000) == PAPER
@@ -176,9 +174,7 @@ def test_the_encoder_has_the_published_form():
     encoder = Encoder(PAPER)
     assert encoder(torch.rand(1, 3, 640, 1280)).shape == (1, 16, 2, 4)
     convolutions = [module for module in encoder.modules() if isinstance(module, torch.nn.Conv2d)]
-    downs = [
-        (conv.in_channels, conv.out_channels, conv.stride[0]) for conv in convolutions if conv.groups == 1
-    ]
+    downs = [(conv.in_channels, conv.out_channels, conv.stride[0]) for conv in convolutions if conv.groups == 1]
     assert downs == [(3, 64, 5), (64, 64, 4), (64, 64, 4), (64, 64, 2), (64, 16, 2)]
     assert all(conv.weight.std() < 0.03 and not conv.bias.any() for conv in convolutions)
 
@@ -231,7 +227,7 @@ def test_the_same_seed_gives_the_same_file_and_leaves_the_chance_of_others_alone
 
 def test_the_file_holds_decoder_and_embeddings_and_nothing_else(fitted):
     container = parse(fitted)
-    assert list(container.sections) == ["weights", "weight_sides", "embeddings", "embedding_sides"]
+    assert list(container.sections) == ["weights", "weights_sides", "embeddings", "embeddings_sides"]
     config = Config.from_header(container.header)
     assert len(fitted) < 1.2 * config.parameters + 400
     assert sum(section["bytes"] for section in inspect(fitted)["sections"].values()) == len(fitted)
@@ -376,16 +372,15 @@ def test_hostile_configurations_are_refused():
             list(HNeRV.decode(Container(header, container.sections).to_bytes()))
 
 
-@pytest.mark.parametrize(
-    "change", [{"channels": 4096}, {"lowest": 4096}, {"strides": [16] * 4, "height": 1 << 16}]
-)
+@pytest.mark.parametrize("change", [{"channels": 4096}, {"lowest": 4096}, {"strides": [16] * 4, "height": 1 << 16}])
 def test_a_network_that_cannot_be_meant_is_refused_before_anything_is_allocated(change):
     header = describe(moving(), "hnerv", asdict(SMALL))
     config = asdict(SMALL) | {"strides": [2, 2, 2], "kernels": [1, 5]} | change
     if "height" in change:
         # One pixel of embedding for 65536x65536 pixels.
         config["width"] = config["height"]
-        header = replace(header, width=1 << 10, height=1 << 16)
+        header = replace(header, width=1 << 16, height=1 << 16)
+    header = replace(header, config=config)
     with pytest.raises(InputError, match="of this size cannot be meant"):
         Config.from_header(header)
 

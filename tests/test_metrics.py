@@ -92,6 +92,4 @@ def test_an_outlier_is_off_by_3_pixels_and_5_percent():
     truth = torch.tensor([[0.0, 100.0, 100.0, 0.0], [0.0, 0.0, 0.0, 0.0]]).reshape(1, 1, 2, 1, 4)
     off = torch.tensor([[4.0, 104.0, 106.0, 2.0], [0.0, 0.0, 0.0, 0.0]]).reshape(1, 1, 2, 1, 4)
     assert outlier_share(off, truth).item() == pytest.approx(50)
-    assert outlier_share(off, truth, torch.tensor([[[[True, True, False, False]]]])).item() == pytest.approx(
-        50
-    )
+    assert outlier_share(off, truth, torch.tensor([[[[True, True, False, False]]]])).item() == pytest.approx(50)

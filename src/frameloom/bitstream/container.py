@@ -43,6 +43,7 @@ class Header:
     frames: int
     rate: Fraction
     colour: Colour
+    pixel_aspect: Fraction = Fraction(1)
     reader: int = FORMAT
 
 
@@ -63,13 +64,12 @@ class Container:
         body = {
             field.name: getattr(self.header, field.name)
             for field in fields(Header)
-            if field.name not in ("rate", "colour")
+            if field.name not in ("rate", "pixel_aspect", "colour")
         }
-        body["rate"] = [self.header.rate.numerator, self.header.rate.denominator]
+        body["rate"] = self.header.rate.as_integer_ratio()
+        body["pixel_aspect"] = self.header.pixel_aspect.as_integer_ratio()
         body["colour"] = asdict(self.header.colour)
-        body["sections"] = [
-            [name, len(payload), zlib.crc32(payload)] for name, payload in self.sections.items()
-        ]
+        body["sections"] = [[name, len(payload), zlib.crc32(payload)] for name, payload in self.sections.items()]
         text = json.dumps(body, separators=(",", ":")).encode()
         prefix = _PREFIX.pack(MAGIC, FORMAT, len(text), zlib.crc32(text))
         return b"".join([prefix, text, *self.sections.values()])
@@ -116,9 +116,9 @@ def _parse_header(data: bytes, origin: str) -> tuple[Header, list[tuple[str, int
     try:
         body = json.loads(text)
         table = [(name, size, check) for name, size, check in body.pop("sections")]
-        numerator, denominator = body.pop("rate")
+        ratios = {name: tuple(body.pop(name)) for name in ("rate", "pixel_aspect")}
         colour = body.pop("colour")
-        known = {field.name for field in fields(Header)} - {"rate", "colour"}
+        known = {field.name for field in fields(Header)} - {"rate", "pixel_aspect", "colour"}
         if not isinstance(colour, dict) or set(body) != known or len(table) > MAX_SECTIONS:
             raise ValueError
     except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
@@ -136,9 +136,12 @@ def _parse_header(data: bytes, origin: str) -> tuple[Header, list[tuple[str, int
     whole(body["height"], 1, MAX_SIDE, "height", origin)
     whole(body["width"] * body["height"], 1, MAX_PIXELS, "width times height", origin)
     whole(body["frames"], 1, MAX_FRAMES, "frames", origin)
-    whole(numerator, 1, 1 << 32, "rate", origin)
-    whole(denominator, 1, 1 << 32, "rate", origin)
-    header = Header(rate=Fraction(numerator, denominator), colour=_colour(colour, origin), **body)
+    for name, ratio in ratios.items():
+        whole(len(ratio), 2, 2, f"the parts of {name}", origin)
+        for part in ratio:
+            whole(part, 1, 1 << 32, name, origin)
+    fractions = {name: Fraction(*ratio) for name, ratio in ratios.items()}
+    header = Header(**fractions, colour=_colour(colour, origin), **body)
     return header, table, _PREFIX.size + len(text)
 
 

@@ -105,13 +105,11 @@ def _file_checks(data: bytes, decoded: Tensor) -> dict[str, bool]:
 
         everything, alone = elsewhere(""), elsewhere("17")
     return {
-        "a fresh process decodes the same frames": bool(
-            torch.equal(everything, (decoded * 255).round().byte())
-        ),
+        "a fresh process decodes the same frames": bool(torch.equal(everything, (decoded * 255).round().byte())),
         "frame 17 alone is frame 17 of all": bool(torch.equal(alone[0], everything[17])),
         "the file is its header and sections": (
             sections["header"]["bytes"] + sum(map(len, container.sections.values())) == len(data)
         ),
         "the encoder is not in the file": set(container.sections)
-        == {"weights", "weight_sides", "embeddings", "embedding_sides"},
+        == {"weights", "weights_sides", "embeddings", "embeddings_sides"},
     }

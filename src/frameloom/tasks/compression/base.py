@@ -139,9 +139,7 @@ def parse_frames(text: str, count: int, flag: str = "--frames") -> list[int]:
         except ValueError:
             raise InputError(f"{flag} {text}: frames are numbers and ranges such as 0,10:20") from None
         if not found:
-            raise InputError(
-                f"{flag} {text}: {part.strip()} holds no frame; there are frames 0 to {count - 1}"
-            )
+            raise InputError(f"{flag} {text}: {part.strip()} holds no frame; there are frames 0 to {count - 1}")
         chosen += found
     return chosen
 
@@ -168,6 +166,7 @@ class CompressedSource(Source):
             regular=self._times is None,
             name=origin,
             codec=header.method,
+            pixel_aspect=header.pixel_aspect,
         )
 
     def times(self) -> Sequence[Fraction]:
@@ -205,9 +204,7 @@ class SectionedCodec:
             "config": header.config,
             "bytes": len(data),
             "bits_per_pixel": bits_per_pixel(data, header),
-            "sections": {
-                name: {"bytes": size, "bits_per_pixel": 8 * size / pixels} for name, size in sizes.items()
-            },
+            "sections": {name: {"bytes": size, "bits_per_pixel": 8 * size / pixels} for name, size in sizes.items()},
         }
 
     @staticmethod
@@ -230,6 +227,7 @@ def describe(clip: Clip, method: str, config: dict[str, Any]) -> Header:
         frames=len(clip),
         rate=clip.rate,
         colour=clip.info.colour.as_video(),
+        pixel_aspect=clip.info.pixel_aspect,
     )
 
 
@@ -249,11 +247,7 @@ def unpack_times(container: Container) -> list[Fraction] | None:
     if "times" not in container.sections:
         return None
     numbers, end = unpack_numbers(container.sections["times"], container.header.frames + 1)
-    if (
-        len(numbers) != container.header.frames + 1
-        or end != len(container.sections["times"])
-        or not numbers[0]
-    ):
+    if len(numbers) != container.header.frames + 1 or end != len(container.sections["times"]) or not numbers[0]:
         raise InputError("section 'times' is damaged")
     times, tick = [], 0
     for step in numbers[1:]:

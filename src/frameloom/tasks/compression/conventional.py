@@ -89,9 +89,7 @@ class Conventional(SectionedCodec):
         def make(factor: float | int) -> bytes:
             return cls._file(clip, factor, preset or cls.preset, keyint, progress)
 
-        return (
-            make(cls.quality if quality is None else quality) if size is None else cls._fit_size(make, size)
-        )
+        return make(cls.quality if quality is None else quality) if size is None else cls._fit_size(make, size)
 
     @classmethod
     def _fit_size(cls, make: Callable[[float], bytes], size: int) -> bytes:
@@ -106,9 +104,7 @@ class Conventional(SectionedCodec):
             if len(data) > size:
                 too_large = factor
                 if factor >= cls.worst:
-                    raise InputError(
-                        f"--size {size}: {cls.method} takes at least {len(data)} bytes for this clip"
-                    )
+                    raise InputError(f"--size {size}: {cls.method} takes at least {len(data)} bytes for this clip")
             else:
                 fits = factor
                 best = data if best is None or len(data) > len(best) else best
@@ -259,18 +255,14 @@ class AV1(Conventional):
 
 def _native(frame: Frame, number: int, context: Any, rate: Fraction) -> av.VideoFrame:
     colour = frame.colour.as_video()
-    _, height, width = (
-        frame.rgb.shape if frame.native is None else (3, frame.native.height, frame.native.width)
-    )
+    _, height, width = frame.rgb.shape if frame.native is None else (3, frame.native.height, frame.native.width)
     if (width, height) == (context.width, context.height):
         native = frame.to_native(context.pix_fmt, colour)
     else:
         missing = (0, context.width - width, 0, context.height - height)
         if min(missing) < 0:
             raise InputError(f"frame {number} is {width}x{height}; all frames of a clip must have one size")
-        native = native_from_rgb(
-            F.pad(frame.rgb[None], missing, mode="replicate")[0], context.pix_fmt, colour
-        )
+        native = native_from_rgb(F.pad(frame.rgb[None], missing, mode="replicate")[0], context.pix_fmt, colour)
     native.pts, native.time_base = number, 1 / rate
     # A decoded frame remembers what it was; left so, it would order a keyframe where there was one before.
     native.pict_type = 0
@@ -286,10 +278,7 @@ def _read_index(container: Container) -> list[Packet]:
     if len(numbers) != 2 * header.frames or end != len(index):
         raise InputError("section 'index' is damaged")
     sizes = [number // 2 for number in numbers[0::2]]
-    shown = [
-        place + (ahead // 2 if ahead % 2 == 0 else -(ahead + 1) // 2)
-        for place, ahead in enumerate(numbers[1::2])
-    ]
+    shown = [place + (ahead // 2 if ahead % 2 == 0 else -(ahead + 1) // 2) for place, ahead in enumerate(numbers[1::2])]
     keys = [bool(number % 2) for number in numbers[0::2]]
     whole(sum(sizes), length, length, "the length of section 'stream'", "section 'index'")
     if sorted(shown) != list(range(header.frames)) or not keys[0] or shown[0] != 0:

@@ -51,9 +51,7 @@ def fit(
     """
     count = frames.shape[0]
     if count < batch:
-        raise InputError(
-            f"the clip has {count} frame(s), fewer than one batch of {batch}; a fit needs more frames"
-        )
+        raise InputError(f"the clip has {count} frame(s), fewer than one batch of {batch}; a fit needs more frames")
     if epochs < 1:
         raise InputError(f"--epochs {epochs}: a fit takes 1 epoch or more")
     if loss not in LOSSES:
@@ -75,9 +73,7 @@ def fit(
                 out = network(index.to(device), pictures)
             value = LOSSES[loss](out.float(), pictures)
             if not math.isfinite(value.item()):
-                raise InputError(
-                    f"the loss is not finite at step {step + 1} of {total}; use a lower learning rate"
-                )
+                raise InputError(f"the loss is not finite at step {step + 1} of {total}; use a lower learning rate")
             optimiser.zero_grad(set_to_none=True)
             value.backward()
             optimiser.step()

@@ -13,7 +13,6 @@ H. Chen, M. Gwilliam, S.-N. Lim, A. Shrivastava, HNeRV: A Hybrid Neural Represen
 arXiv 2304.02633. H. Chen et al., NeRV: Neural Representations for Videos, NeurIPS 2021, arXiv 2110.13903.
 """
 
-import itertools
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -26,12 +25,12 @@ from jaxtyping import Float, Int, UInt8
 from torch import Tensor, nn
 
 from frameloom.bitstream.container import Container, Header, parse, whole
-from frameloom.bitstream.quantise import Quantised, pack_sides, quantise, unpack_sides
-from frameloom.bitstream.rangecoder import pack_symbols, unpack_symbols
 from frameloom.errors import InputError
 from frameloom.progress import Progress, silent
 from frameloom.tasks.compression.base import SectionedCodec, describe, pack_times
 from frameloom.tasks.compression.fit import fit as fit_network
+from frameloom.tasks.compression.framing import crop_to, fitted, listed, load_pictures, misfit, strides_for
+from frameloom.tasks.compression.weights import pack_tensors, unpack_tensors
 from frameloom.video.clip import Clip
 
 WEIGHT_BITS, EMBEDDING_BITS = 8, 6
@@ -101,24 +100,15 @@ class Config:
         whole(values["frames"], header.frames, header.frames, "frames", origin)
         whole(values["height"], header.height, header.height + product, "height", origin)
         whole(values["width"], header.width, header.width + product, "width", origin)
-        config = cls(
-            **values, strides=tuple(strides), kernels=tuple(kernels), reduction=reduction, indexed=indexed
-        )
+        config = cls(**values, strides=tuple(strides), kernels=tuple(kernels), reduction=reduction, indexed=indexed)
         config.check(origin)
         return config
 
     def check(self, origin: str) -> None:
         """InputError unless the network is sound and of a size that can be meant."""
         product = math.prod(self.strides)
-        if (
-            self.height % product
-            or self.width % product
-            or self.kernels[0] % 2 == 0
-            or self.kernels[1] % 2 == 0
-        ):
-            raise InputError(
-                f"{origin}: strides {self.strides} and kernels {self.kernels} do not fit the frame"
-            )
+        if self.height % product or self.width % product or self.kernels[0] % 2 == 0 or self.kernels[1] % 2 == 0:
+            raise InputError(f"{origin}: strides {self.strides} and kernels {self.kernels} do not fit the frame")
         rows, columns = self.grid
         peak = 0
         for stride, width in zip(self.strides, self.widths[1:], strict=True):
@@ -152,7 +142,7 @@ def solve_width(size: int, config: Config) -> int:
     if embeddings >= size:
         raise InputError(
             f"--size {size}: the embeddings alone need {embeddings:,} parameters; ask for more, or for "
-            f"larger strides than {_listed(config.strides)}"
+            f"larger strides than {listed(config.strides)}"
         )
     quadratic = sum(
         config.reduction ** (-2 * block - 1) * (stride * config.kernel(block)) ** 2
@@ -245,10 +235,7 @@ class HNeRV(SectionedCodec, nn.Module):
             self.embeddings = nn.Parameter(empty, requires_grad=False)
         widths = config.widths
         self.blocks = nn.Sequential(
-            *(
-                Block(widths[k], widths[k + 1], config.kernel(k), stride)
-                for k, stride in enumerate(config.strides)
-            )
+            *(Block(widths[k], widths[k + 1], config.kernel(k), stride) for k, stride in enumerate(config.strides))
         )
         self.head = nn.Conv2d(widths[-1], 3, 3, padding=1)
 
@@ -274,11 +261,7 @@ class HNeRV(SectionedCodec, nn.Module):
             return self.embeddings[index]
         # In double precision: the highest frequency turns through 10^7 radians.
         time = index.double() / self.config.frames
-        angle = (
-            time[:, None]
-            * math.pi
-            * BASE ** torch.arange(FREQUENCIES, dtype=torch.float64, device=index.device)
-        )
+        angle = time[:, None] * math.pi * BASE ** torch.arange(FREQUENCIES, dtype=torch.float64, device=index.device)
         return torch.cat([angle.sin(), angle.cos()], 1).float()[:, :, None, None]
 
     def forward(self, index: Int[Tensor, "b"]) -> Float[Tensor, "b 3 h w"]:
@@ -307,10 +290,10 @@ class HNeRV(SectionedCodec, nn.Module):
         larger and cut back (`fit="pad"`), or lose their edges (`fit="crop"`). Holds the whole clip in memory,
         8 bit.
         """
-        pictures = _pictures(clip)
+        pictures = load_pictures(clip)
         config = cls.plan(*pictures.shape[-2:], len(pictures), size=size, strides=strides, fit=fit)
         if fit == "crop":
-            pictures = _crop_to(pictures, config.height, config.width)
+            pictures = crop_to(pictures, config.height, config.width)
         network = cls.fit(pictures, config, epochs=epochs, batch=batch, loss=loss, seed=seed, device=device,
                           progress=progress)  # fmt: skip
         header = replace(
@@ -333,14 +316,15 @@ class HNeRV(SectionedCodec, nn.Module):
         if fit not in (None, "pad", "crop"):
             raise InputError(f"--fit {fit}: frames are fitted by pad or crop")
         size = size or max(40_000, min(3_000_000, frames * height * width // 72))
-        chosen = tuple(strides) if strides else _strides_for(height, width, frames, size)
+        best = strides_for(height, width, frames, Config.embedding, size)
+        chosen = tuple(strides) if strides else best
         product = math.prod(chosen)
         if strides and fit is None and (height % product or width % product):
-            raise InputError(_misfit(height, width, frames, size, chosen))
-        tall, wide = (_fitted(side, product, fit == "crop") for side in (height, width))
+            raise InputError(misfit(height, width, chosen, best))
+        tall, wide = (fitted(side, product, fit == "crop") for side in (height, width))
         if not tall or not wide:
             raise InputError(
-                f"--strides {_listed(chosen)}: their product {product} is larger than the frame of "
+                f"--strides {listed(chosen)}: their product {product} is larger than the frame of "
                 f"{width}x{height}; use smaller strides or --fit pad"
             )
         config = Config(height=tall, width=wide, frames=frames, strides=chosen, channels=1,
@@ -348,7 +332,7 @@ class HNeRV(SectionedCodec, nn.Module):
         config = of_size(config, size)
         if config.parameters > 1.1 * size:
             raise InputError(
-                f"--size {size}: the smallest network for {width}x{height} and strides {_listed(chosen)} "
+                f"--size {size}: the smallest network for {width}x{height} and strides {listed(chosen)} "
                 f"has {config.parameters:,} parameters"
             )
         config.check("the clip")
@@ -378,15 +362,9 @@ class HNeRV(SectionedCodec, nn.Module):
 
     def to_bytes(self, header: Header, more: dict[str, bytes] | None = None) -> bytes:
         """The file: every weight as 8-bit symbols, the embeddings as 6-bit ones, all of them range-coded."""
-        weights = [quantise(value, WEIGHT_BITS) for _, value in self._weights()]
-        sections = {
-            "weights": pack_symbols(_symbols(weights), 1 << WEIGHT_BITS),
-            "weight_sides": pack_sides(weights),
-        }
+        sections = pack_tensors("weights", [value for _, value in self._weights()], WEIGHT_BITS)
         if not self.config.indexed:
-            embeddings = [quantise(self.embeddings, EMBEDDING_BITS)]
-            sections["embeddings"] = pack_symbols(_symbols(embeddings), 1 << EMBEDDING_BITS)
-            sections["embedding_sides"] = pack_sides(embeddings)
+            sections |= pack_tensors("embeddings", [self.embeddings], EMBEDDING_BITS)
         return Container(header, sections | (more or {})).to_bytes()
 
     @classmethod
@@ -398,13 +376,11 @@ class HNeRV(SectionedCodec, nn.Module):
         with torch.device("meta"):
             network = cls(config)
         names, like = zip(*network._weights(), strict=True)
-        values = _stored(container, "weights", "weight_sides", [tensor.shape for tensor in like], WEIGHT_BITS)
+        values = unpack_tensors(container, "weights", [tensor.shape for tensor in like], WEIGHT_BITS)
         state = dict(zip(names, values, strict=True))
         if not config.indexed:
-            shape = network.embeddings.shape
-            (state["embeddings"],) = _stored(
-                container, "embeddings", "embedding_sides", [shape], EMBEDDING_BITS
-            )
+            shapes = [network.embeddings.shape]
+            (state["embeddings"],) = unpack_tensors(container, "embeddings", shapes, EMBEDDING_BITS)
         network.load_state_dict(state, assign=True)
         return network.requires_grad_(False).eval()
 
@@ -443,9 +419,7 @@ class HNeRV(SectionedCodec, nn.Module):
         for ours, theirs in names.items():
             for kind in ("weight", "bias"):
                 key = f"{theirs}.{kind}"
-                state[f"{ours}.{kind}"] = _official(
-                    stored["model"].get(key), key, shapes[f"{ours}.{kind}"], path
-                )
+                state[f"{ours}.{kind}"] = _official(stored["model"].get(key), key, shapes[f"{ours}.{kind}"], path)
         network.load_state_dict(state, assign=True)
         return network.requires_grad_(False).eval()
 
@@ -463,9 +437,7 @@ class NeRV(HNeRV):
     def preset(cls, size: str) -> Config:
         """The sizes of `HNeRV.preset`, by NeRV's own plan of channels and kernels."""
         if size == "tiny":
-            return Config(
-                height=64, width=128, frames=32, strides=(4, 2, 2, 2), channels=14, lowest=8, **cls.family
-            )
+            return Config(height=64, width=128, frames=32, strides=(4, 2, 2, 2), channels=14, lowest=8, **cls.family)
         return Config(height=640, width=1280, frames=132, strides=(5, 4, 2, 2), channels=54, **cls.family)
 
 
@@ -477,9 +449,7 @@ class Learner(nn.Module):
         self.network = network
         self.encoder = None if network.config.indexed else Encoder(network.config)
 
-    def forward(
-        self, index: Int[Tensor, "b"], pictures: Float[Tensor, "b 3 h w"]
-    ) -> Float[Tensor, "b 3 h w"]:
+    def forward(self, index: Int[Tensor, "b"], pictures: Float[Tensor, "b 3 h w"]) -> Float[Tensor, "b 3 h w"]:
         code = self.network.code(index) if self.encoder is None else self.encoder(self._padded(pictures))
         return self.network.draw(code)[..., : pictures.shape[-2], : pictures.shape[-1]]
 
@@ -496,81 +466,6 @@ class Learner(nn.Module):
         config = self.network.config
         missing = (0, config.width - pictures.shape[-1], 0, config.height - pictures.shape[-2])
         return F.pad(pictures, missing, mode="replicate") if any(missing) else pictures
-
-
-def _pictures(clip: Clip) -> UInt8[Tensor, "t 3 h w"]:
-    pictures = []
-    for number, frame in enumerate(clip):
-        pictures.append((frame.rgb * 255).round().to(torch.uint8))
-        if pictures[-1].shape != pictures[0].shape:
-            sizes = [f"{one.shape[-1]}x{one.shape[-2]}" for one in (pictures[0], pictures[-1])]
-            raise InputError(f"{clip.info.name}: frame {number} is {sizes[1]} and frame 0 is {sizes[0]}; "
-                             f"all frames of a clip must have one size")  # fmt: skip
-    if not pictures:
-        raise InputError(f"{clip.info.name}: no frames")
-    return torch.stack(pictures)
-
-
-def _fitted(side: int, product: int, crop: bool) -> int:
-    return side // product * product if crop else -(-side // product) * product
-
-
-def _crop_to(pictures: UInt8[Tensor, "t 3 h w"], height: int, width: int) -> UInt8[Tensor, "t 3 tall wide"]:
-    top, left = (pictures.shape[-2] - height) // 2, (pictures.shape[-1] - width) // 2
-    return pictures[..., top : top + height, left : left + width].contiguous()
-
-
-def _strides_for(height: int, width: int, frames: int, size: int) -> tuple[int, ...]:
-    """Strides with little padding and a grid of about 2 rows on the short side, as published for 640x1280.
-
-    Embeddings may take a quarter of the size; when no grid is that small, the smallest grid it is.
-    """
-    short = min(height, width)
-    stages = 5 if short >= 128 else 4
-    ranked = []
-    for strides in itertools.combinations_with_replacement((5, 4, 3, 2), stages):
-        product = math.prod(strides)
-        tall, wide = _fitted(height, product, False), _fitted(width, product, False)
-        waste = tall * wide / (height * width) - 1
-        embeddings = frames * Config.embedding * (tall // product) * (wide // product)
-        heavy = max(embeddings - size // 4, 0)
-        ranked.append((heavy, waste + 0.03 * abs(math.log2(2 * product / short)), strides))
-    return min(ranked)[2]
-
-
-def _misfit(height: int, width: int, frames: int, size: int, strides: tuple[int, ...]) -> str:
-    product = math.prod(strides)
-    tall, wide = _fitted(height, product, True), _fitted(width, product, True)
-    crop = f"crop to {wide}x{tall} (--fit crop), " if tall and wide else ""
-    other = _listed(_strides_for(height, width, frames, size))
-    return (
-        f"--strides {_listed(strides)}: their product {product} does not divide {width}x{height}; "
-        f"{crop}pad (--fit pad) or use strides {other}"
-    )
-
-
-def _listed(strides: Sequence[int]) -> str:
-    return ",".join(map(str, strides))
-
-
-def _symbols(tensors: Sequence[Quantised]) -> Any:
-    return torch.cat([one.symbols.flatten() for one in tensors]).numpy()
-
-
-def _stored(
-    container: Container, name: str, sides: str, shapes: Sequence[Sequence[int]], bits: int
-) -> list[Tensor]:
-    counts = [math.prod(shape) for shape in shapes]
-    try:
-        symbols = unpack_symbols(container.section(name), sum(counts), 1 << bits)
-        pairs = unpack_sides(container.section(sides), shapes)
-    except InputError as error:
-        raise InputError(f"section '{name}' is damaged: {error}") from None
-    runs = torch.from_numpy(symbols).to(torch.uint8).split(counts)
-    return [
-        Quantised(run.reshape(tuple(shape)), low, scale, axis).values()
-        for run, shape, (axis, low, scale) in zip(runs, shapes, pairs, strict=True)
-    ]
 
 
 def _official(entry: Any, key: str, shape: torch.Size, path: str | Path) -> Tensor:
