@@ -30,6 +30,7 @@ from frameloom.video.colour import native_from_rgb, rgb_from_native
 # A search for a size ends within this share below it.
 CLOSE_ENOUGH = 0.98
 _ENCODES = 8
+_STEP = 0.25
 
 # SVT-AV1 reads its verbosity from the environment: 1 is errors only.
 os.environ.setdefault("SVT_LOG", "1")
@@ -53,12 +54,11 @@ class Conventional(SectionedCodec):
     decoder: ClassVar[str]
     quality: ClassVar[float]
     worst: ClassVar[int]
-    step: ClassVar[float]
     preset: ClassVar[str]
     least_side: ClassVar[int] = 2
 
     @classmethod
-    def options(cls, keyint: int) -> dict[str, str]:
+    def options(cls, factor: float | int, keyint: int) -> dict[str, str]:
         raise NotImplementedError
 
     @classmethod
@@ -95,7 +95,7 @@ class Conventional(SectionedCodec):
     def _fit_size(cls, make: Callable[[float], bytes], size: int) -> bytes:
         """The largest file within `size`: log(bytes) is nearly linear in the factor, so secants land fast."""
         best: bytes | None = None
-        too_large, fits = -cls.step, cls.worst + cls.step
+        too_large, fits = -_STEP, cls.worst + _STEP
         factor, slope = cls.quality, -math.log(2) / 6
         tried: list[tuple[float, float]] = []
         for _ in range(_ENCODES):
@@ -108,14 +108,14 @@ class Conventional(SectionedCodec):
             else:
                 fits = factor
                 best = data if best is None or len(data) > len(best) else best
-            if (best and len(best) >= CLOSE_ENOUGH * size) or fits - too_large <= cls.step:
+            if (best and len(best) >= CLOSE_ENOUGH * size) or fits - too_large <= _STEP:
                 break
             if len(tried) > 1 and tried[-1][0] != tried[-2][0]:
                 slope = min((tried[-1][1] - tried[-2][1]) / (tried[-1][0] - tried[-2][0]), -0.01)
             guess = factor + (math.log(size) - 0.01 - tried[-1][1]) / slope
-            guess = round(guess / cls.step) * cls.step
+            guess = round(guess / _STEP) * _STEP
             if not too_large < guess < fits:
-                guess = round((too_large + fits) / 2 / cls.step) * cls.step
+                guess = round((too_large + fits) / 2 / _STEP) * _STEP
             factor = min(max(guess, 0.0), float(cls.worst))
         return best if best is not None else make(float(cls.worst))
 
@@ -131,7 +131,7 @@ class Conventional(SectionedCodec):
         context.gop_size = keyint
         context.color_range = 2 if header.colour.full_range else 1
         context.colorspace = header.colour.matrix
-        context.options = {"crf": f"{factor:g}", "preset": preset} | cls.options(keyint)
+        context.options = cls.options(factor, keyint) | {"preset": preset}
         packets: list[av.Packet] = []
         count = 0
         try:
@@ -215,11 +215,11 @@ class X264(Conventional):
     """H.264 by x264."""
 
     method, encoder, decoder = "x264", "libx264", "h264"
-    quality, worst, step, preset = 23.0, 51, 0.25, "medium"
+    quality, worst, preset = 23.0, 51, "medium"
 
     @classmethod
-    def options(cls, keyint: int) -> dict[str, str]:
-        return {"x264-params": f"keyint={keyint}:open-gop=0"}
+    def options(cls, factor: float | int, keyint: int) -> dict[str, str]:
+        return {"crf": f"{factor:g}", "x264-params": f"keyint={keyint}:open-gop=0"}
 
     @classmethod
     def _payload(cls, packet: bytes) -> bytes:
@@ -232,25 +232,27 @@ class X265(Conventional):
     """H.265 by x265."""
 
     method, encoder, decoder = "x265", "libx265", "hevc"
-    quality, worst, step, preset = 28.0, 51, 0.25, "medium"
+    quality, worst, preset = 28.0, 51, "medium"
     # x265's assembly writes past its buffers when a side is below 64, one coding tree unit.
     least_side = 64
 
     @classmethod
-    def options(cls, keyint: int) -> dict[str, str]:
-        return {"x265-params": f"keyint={keyint}:open-gop=0:info=0:repeat-headers=1:log-level=none"}
+    def options(cls, factor: float | int, keyint: int) -> dict[str, str]:
+        more = f"keyint={keyint}:open-gop=0:info=0:repeat-headers=1:log-level=none"
+        return {"crf": f"{factor:g}", "x265-params": more}
 
 
 class AV1(Conventional):
     """AV1 by SVT-AV1, decoded by dav1d."""
 
     method, encoder, decoder = "av1", "libsvtav1", "libdav1d"
-    quality, worst, step, preset = 35.0, 63, 1.0, "6"
+    quality, worst, preset = 35.0, 63, "6"
     least_side = 64
 
     @classmethod
-    def options(cls, keyint: int) -> dict[str, str]:
-        return {"svtav1-params": f"keyint={keyint}:irefresh-type=2"}
+    def options(cls, factor: float | int, keyint: int) -> dict[str, str]:
+        # Quarters of a rate factor pass only this way; FFmpeg's own option rounds.
+        return {"svtav1-params": f"crf={factor:g}:keyint={keyint}:irefresh-type=2"}
 
 
 def _native(frame: Frame, number: int, context: Any, rate: Fraction) -> av.VideoFrame:
