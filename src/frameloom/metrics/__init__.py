@@ -1,0 +1,16 @@
+"""Measures of pictures, flow and rate."""
+
+from frameloom.metrics.flow import endpoint_error, outlier_share
+from frameloom.metrics.image import ms_ssim, psnr, psnr_of_mean, ssim
+from frameloom.metrics.rate import bd_rate, bits_per_pixel
+
+__all__ = [
+    "bd_rate",
+    "bits_per_pixel",
+    "endpoint_error",
+    "ms_ssim",
+    "outlier_share",
+    "psnr",
+    "psnr_of_mean",
+    "ssim",
+]

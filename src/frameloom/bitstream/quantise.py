@@ -1,0 +1,107 @@
+"""Min-max quantisation of tensors to b-bit symbols, the scheme of HNeRV (arXiv 2304.02633, section 3.3).
+
+A tensor becomes symbols q in [0, 2^b) with x ~ low + scale * q. `low` and `scale` are single numbers, or vary
+over all axes but one; the choice with the least mean absolute error wins, among those whose pairs of side
+numbers are fewer than 2% of the tensor's own numbers. Side numbers are float16, and the search measures its
+error with exactly the float16 values that the file keeps.
+"""
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from jaxtyping import Float16, UInt8
+from torch import Tensor
+
+from frameloom.errors import InputError
+
+SIDE_SHARE = 0.02
+_LARGEST = 32752.0  # half of what float16 holds, so that a range fits too
+WHOLE = 255  # the stored axis of a tensor that has one pair of side numbers
+
+
+@dataclass(frozen=True)
+class Quantised:
+    """Symbols in the tensor's own shape; `low` and `scale` broadcast. `axis` is None for one pair."""
+
+    symbols: UInt8[Tensor, "..."]
+    low: Float16[Tensor, "..."]
+    scale: Float16[Tensor, "..."]
+    axis: int | None
+
+    def values(self) -> Tensor:
+        return self.low.float() + self.scale.float() * self.symbols.float()
+
+
+def quantise(tensor: Tensor, bits: int) -> Quantised:
+    """The best min-max quantisation of `tensor` to `bits` (at most 8) bits.
+
+    Raises InputError when the tensor is not finite or leaves the range of float16.
+    """
+    tensor = tensor.detach().float().cpu()
+    if not (tensor.abs() <= _LARGEST).all():
+        raise InputError("weights beyond 32752 cannot be stored; the fit went wrong, lower the learning rate")
+    choices = (_along(tensor, axis, bits) for axis in _axes(tensor))
+    return min(choices, key=lambda choice: float((choice.values() - tensor).abs().mean()))
+
+
+def side_shape(shape: Sequence[int], axis: int | None) -> tuple[int, ...]:
+    """The shape of the side numbers of a tensor of `shape`: 1 along `axis`, or a single pair."""
+    return tuple(1 if axis is None or k == axis else size for k, size in enumerate(shape))
+
+
+def _axes(tensor: Tensor) -> Iterator[int | None]:
+    yield None
+    for axis in range(tensor.ndim):
+        if math.prod(side_shape(tensor.shape, axis)) < SIDE_SHARE * tensor.numel():
+            yield axis
+
+
+def _along(tensor: Tensor, axis: int | None, bits: int) -> Quantised:
+    top = 2**bits - 1
+    reduced = tuple(range(tensor.ndim)) if axis is None else (axis,)
+    low = tensor.amin(reduced, keepdim=True)
+    scale = ((tensor.amax(reduced, keepdim=True) - low) / top).half()
+    low = low.half()
+    step = scale.float()
+    # A scale of zero is a constant: every symbol is zero there.
+    symbols = ((tensor - low.float()) / torch.where(step > 0, step, 1.0)).round().clamp(0, top)
+    return Quantised(symbols.to(torch.uint8), low, scale, axis)
+
+
+def pack_sides(tensors: Sequence[Quantised]) -> bytes:
+    """The axes and side numbers of several tensors as bytes."""
+    parts = []
+    for one in tensors:
+        parts.append(bytes([WHOLE if one.axis is None else one.axis]))
+        parts += [side.contiguous().numpy().astype("<f2").tobytes() for side in (one.low, one.scale)]
+    return b"".join(parts)
+
+
+def unpack_sides(
+    data: bytes, shapes: Sequence[Sequence[int]]
+) -> list[tuple[int | None, Float16[Tensor, "..."], Float16[Tensor, "..."]]]:
+    """(axis, low, scale) for tensors of the given shapes; InputError when the bytes do not fit them."""
+    sides, start = [], 0
+    for shape in shapes:
+        axis = None if data[start : start + 1] == bytes([WHOLE]) else int.from_bytes(data[start : start + 1])
+        if start >= len(data) or (axis is not None and axis >= len(shape)):
+            raise InputError("the side numbers of the quantiser are damaged")
+        start += 1
+        shaped = side_shape(shape, axis)
+        size = 2 * math.prod(shaped)
+        pair = []
+        for _ in range(2):
+            if start + size > len(data):
+                raise InputError("the side numbers of the quantiser are cut short")
+            values = np.frombuffer(data[start : start + size], "<f2")
+            if not np.isfinite(values).all():
+                raise InputError("the side numbers of the quantiser are damaged")
+            pair.append(torch.from_numpy(values.astype(np.float16)).reshape(shaped))
+            start += size
+        sides.append((axis, *pair))
+    if start != len(data):
+        raise InputError("the side numbers of the quantiser are damaged")
+    return sides

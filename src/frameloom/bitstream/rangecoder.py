@@ -1,0 +1,97 @@
+"""Integer symbols to bytes and back at almost their entropy, by range coding.
+
+What the coder sees of a distribution is a table of integer frequencies that sum to 2^16, made by one
+deterministic function and stored or derived the same way on both sides. Each entry divided by 2^16 is exact
+in a double, so no rounding of any device reaches the coder.
+
+The coder is constriction's (R. Bamler, Understanding entropy coding with asymmetric numeral systems, 2022).
+"""
+
+import constriction
+import numpy as np
+from jaxtyping import Integer
+
+from frameloom.bitstream.varint import pack_numbers, unpack_numbers
+from frameloom.errors import InputError
+
+TOTAL = 1 << 16
+MAX_ALPHABET = 1 << 12
+# A stream of one repeated symbol takes next to no bytes, so its length cannot be bounded by the file's.
+MAX_SYMBOLS = 1 << 27
+
+
+def table_from_counts(counts: Integer[np.ndarray, "k"]) -> Integer[np.ndarray, "k"]:
+    """Frequencies, each at least 1, that sum to 2^16, in proportion to how often each symbol occurs.
+
+    Integer arithmetic only. Rounding falls to the most frequent symbol, the first of them if several.
+    """
+    size = len(counts)
+    if not 1 <= size <= MAX_ALPHABET or counts.min() < 0:
+        raise ValueError(f"a table holds 1 to {MAX_ALPHABET} symbols with counts of 0 or more")
+    counts = counts.astype(np.int64)
+    spare = TOTAL - size
+    table = 1 + counts * spare // max(int(counts.sum()), 1)
+    table[int(counts.argmax())] += TOTAL - int(table.sum())
+    return table
+
+
+def table_from_probabilities(probabilities: np.ndarray) -> Integer[np.ndarray, "k"]:
+    """The table nearest to float probabilities. Make it once, on the encoder's side, and store it."""
+    return table_from_counts(np.round(np.asarray(probabilities, np.float64) * (1 << 24)).astype(np.int64))
+
+
+def _model(table: Integer[np.ndarray, "k"]) -> constriction.stream.model.Categorical:
+    if len(table) == 1:
+        table = np.array([TOTAL - 1, 1])
+    return constriction.stream.model.Categorical(table.astype(np.float64) / TOTAL, perfect=False)
+
+
+class Encoder:
+    """Takes runs of symbols, each run under its own table; decode them in the same order."""
+
+    def __init__(self) -> None:
+        self._coder = constriction.stream.queue.RangeEncoder()
+
+    def put(self, symbols: Integer[np.ndarray, "n"], table: Integer[np.ndarray, "k"]) -> None:
+        if len(symbols) and not (symbols.min() >= 0 and symbols.max() < len(table)):
+            raise ValueError("a symbol lies outside its table")
+        self._coder.encode(symbols.astype(np.int32), _model(table))
+
+    def to_bytes(self) -> bytes:
+        return self._coder.get_compressed().astype("<u4").tobytes()
+
+
+class Decoder:
+    """Gives back what an `Encoder` took. Bytes of no encoder end in InputError or in wrong symbols."""
+
+    def __init__(self, data: bytes) -> None:
+        if len(data) % 4:
+            raise InputError("the coded symbols are cut short")
+        self._coder = constriction.stream.queue.RangeDecoder(np.frombuffer(data, "<u4").astype(np.uint32))
+
+    def get(self, count: int, table: Integer[np.ndarray, "k"]) -> Integer[np.ndarray, "n"]:
+        if not 0 <= count <= MAX_SYMBOLS:
+            raise InputError(f"more than {MAX_SYMBOLS:,} coded symbols cannot be meant")
+        try:
+            symbols = self._coder.decode(_model(table), count)
+        except AssertionError:
+            raise InputError("the coded symbols are damaged") from None
+        if count and symbols.max() >= len(table):
+            raise InputError("the coded symbols are damaged")
+        return symbols
+
+
+def pack_symbols(symbols: Integer[np.ndarray, "n"], alphabet: int) -> bytes:
+    """Symbols in [0, alphabet) as bytes: their frequency table, then the range-coded stream."""
+    table = table_from_counts(np.bincount(symbols, minlength=alphabet))
+    coder = Encoder()
+    coder.put(symbols, table)
+    return pack_numbers(table.tolist()) + coder.to_bytes()
+
+
+def unpack_symbols(data: bytes, count: int, alphabet: int) -> Integer[np.ndarray, "n"]:
+    """The `count` symbols that `pack_symbols` took; InputError when the bytes are not such a stream."""
+    frequencies, start = unpack_numbers(data, alphabet)
+    if len(frequencies) != alphabet or min(frequencies) < 1 or sum(frequencies) != TOTAL:
+        raise InputError("the table of frequencies is damaged")
+    return Decoder(data[start:]).get(count, np.array(frequencies))

@@ -1,0 +1,286 @@
+"""Compression: a clip becomes one `.flm` file, and any frame of the file becomes a picture again.
+
+Every method here is a `VideoCodec`. A file names its method, so `decompress` needs the file and nothing else.
+The size of a compressed video is the length of its file: bits per pixel = 8 * len(file) / (t * h * w).
+"""
+
+import inspect as introspection
+import math
+import os
+import time
+import zlib
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from fractions import Fraction
+from pathlib import Path
+from typing import Any, Protocol
+
+from jaxtyping import Float
+from torch import Tensor
+
+from frameloom.bitstream.container import Container, Header, parse
+from frameloom.bitstream.varint import pack_numbers, unpack_numbers
+from frameloom.cards import card
+from frameloom.errors import InputError
+from frameloom.progress import Progress, silent
+from frameloom.video.clip import Clip, Frame, Info, Source
+from frameloom.video.times import RegularTimes
+
+# The best at equal size in benchmarks/compression.py: a conventional codec, not a learned one.
+AUTO = "av1"
+
+
+class VideoCodec(Protocol):
+    """What a compression method offers: three class methods over bytes that `bitstream.container` reads."""
+
+    @classmethod
+    def encode(cls, clip: Clip, **settings: Any) -> bytes:
+        """The whole file. Settings that every codec takes: `size` in bytes, `seed`, `device`, `progress`."""
+        ...
+
+    @classmethod
+    def decode(cls, data: bytes, frames: Sequence[int] | None = None) -> Iterator[Float[Tensor, "3 h w"]]:
+        """RGB in [0, 1] of the frames asked for, in that order; all of them for None."""
+        ...
+
+    @classmethod
+    def inspect(cls, data: bytes) -> dict[str, Any]:
+        """What is in the file: the header, and each section's bytes and bits per pixel."""
+        ...
+
+
+@dataclass(frozen=True)
+class Report:
+    """What `compress` did. `bits_per_pixel` counts every byte of the file."""
+
+    path: Path
+    method: str
+    bytes: int
+    bits_per_pixel: float
+    seconds: float
+
+
+def compress(
+    clip: Clip,
+    path: str | Path,
+    method: str = "auto",
+    *,
+    size: int | None = None,
+    seed: int = 0,
+    device: str = "cpu",
+    progress: Progress = silent,
+    **settings: Any,
+) -> Report:
+    """Write `clip` to `path` as a `.flm` file. Pictures only: sound is not stored.
+
+    `size` is the number of bytes to aim for. `method="auto"` is a conventional codec, because at equal size
+    those measure best on ordinary clips; learned codecs are asked for by name. Further settings go to the
+    method (`epochs`, `strides`, `fit`, `loss` for `hnerv` and `nerv`; `quality`, `preset` for `x264`, `x265`,
+    `av1`). The file appears under its name only when it is complete.
+
+    Raises InputError for a setting that the method does not have, and for what the method itself refuses.
+    """
+    path = Path(path)
+    if not path.parent.is_dir():
+        raise InputError(f"{path}: there is no folder {path.parent}")
+    if size is not None and size < 1:
+        raise InputError(f"--size {size}: the size to aim for is 1 byte or more")
+    method = AUTO if method == "auto" else method
+    codec = card(method, "compress").load_class()
+    given = {key: value for key, value in settings.items() if value is not None}
+    known = set(introspection.signature(codec.encode).parameters) - {"clip"}
+    if unknown := sorted(set(given) - known):
+        own = sorted(known - {"size", "seed", "device", "progress"})
+        raise InputError(f"--{unknown[0]}: {method} has no such setting; it has {', '.join(own)}")
+    started = time.perf_counter()
+    data = codec.encode(clip, size=size, seed=seed, device=device, progress=progress, **given)
+    _write_whole(path, data)
+    header = parse(data).header
+    return Report(path, method, len(data), bits_per_pixel(data, header), time.perf_counter() - started)
+
+
+def decompress(source: str | Path | bytes, frames: Sequence[int] | None = None) -> Clip:
+    """The clip in a `.flm` file; each frame is decoded when it is asked for.
+
+    `frames` picks frames by number, in any order; they are then shown at the file's own rate.
+    Raises InputError for a damaged file, a method that is not installed and frames that are not there.
+    """
+    data, origin = _load(source)
+    whole = CompressedSource(data, origin)
+    if frames is None:
+        return Clip(whole)
+    chosen = list(frames)
+    if not chosen:
+        raise InputError("--frames: no frame is chosen")
+    for number in chosen:
+        if not 0 <= number < whole.header.frames:
+            raise InputError(f"--frames {number}: {origin} has frames 0 to {whole.header.frames - 1}")
+    return Clip(CompressedSource(data, origin, chosen))
+
+
+def inspect(source: str | Path | bytes) -> dict[str, Any]:
+    """The header of a `.flm` file and every section's bytes and bits per pixel."""
+    data, origin = _load(source)
+    return _codec(parse(data, origin).header, origin).inspect(data)
+
+
+def parse_frames(text: str, count: int, flag: str = "--frames") -> list[int]:
+    """Frame numbers from `17`, `10:40`, `0,10:20` or `::2`, as Python slices of `count` frames."""
+    chosen: list[int] = []
+    for part in text.split(","):
+        try:
+            numbers = [int(edge) if edge.strip() else None for edge in part.split(":")]
+            if len(numbers) > 3 or (len(numbers) == 1 and numbers[0] is None):
+                raise ValueError
+            if len(numbers) == 1:
+                found = [numbers[0]] if 0 <= numbers[0] < count else []
+            else:
+                found = list(range(count))[slice(*numbers)]
+        except ValueError:
+            raise InputError(f"{flag} {text}: frames are numbers and ranges such as 0,10:20") from None
+        if not found:
+            raise InputError(f"{flag} {text}: {part.strip()} holds no frame; there are frames 0 to {count - 1}")
+        chosen += found
+    return chosen
+
+
+def bits_per_pixel(data: bytes, header: Header) -> float:
+    return 8 * len(data) / (header.frames * header.height * header.width)
+
+
+class CompressedSource(Source):
+    """Frames of a compressed file, all of them or those in `chosen`."""
+
+    def __init__(self, data: bytes, origin: str, chosen: Sequence[int] | None = None) -> None:
+        self.data, self.chosen = data, chosen
+        container = parse(data, origin)
+        self.header = header = container.header
+        self.codec = _codec(header, origin)
+        self._times = None if chosen is not None else unpack_times(container)
+        self.info = Info(
+            width=header.width,
+            height=header.height,
+            rate=header.rate,
+            colour=header.colour,
+            pix_fmt="yuv420p" if header.colour.depth <= 8 else "yuv420p10le",
+            regular=self._times is None,
+            name=origin,
+            codec=header.method,
+            pixel_aspect=header.pixel_aspect,
+        )
+
+    def times(self) -> Sequence[Fraction]:
+        if self._times is not None:
+            return self._times
+        return RegularTimes(self.header.rate, self.header.frames if self.chosen is None else len(self.chosen))
+
+    def frames(self, start: int = 0, stop: int | None = None) -> Iterator[Frame]:
+        times = self.times()
+        numbers = range(len(times))[start:stop]
+        wanted = numbers if self.chosen is None else self.chosen[start:stop]
+        for number, picture in zip(numbers, self.codec.decode(self.data, wanted), strict=True):
+            yield Frame(times[number], self.header.colour, rgb=picture)
+
+    def fingerprint(self) -> str:
+        return f"flm {zlib.crc32(self.data):08x} {len(self.data)} {self.chosen}"
+
+
+class SectionedCodec:
+    """What every codec here shares: checking the frames asked for, and `inspect`."""
+
+    @classmethod
+    def inspect(cls, data: bytes) -> dict[str, Any]:
+        container = parse(data)
+        header = container.header
+        pixels = header.frames * header.height * header.width
+        sizes = {name: len(payload) for name, payload in container.sections.items()}
+        sizes = {"header": len(data) - sum(sizes.values())} | sizes
+        return {
+            "method": header.method,
+            "width": header.width,
+            "height": header.height,
+            "frames": header.frames,
+            "rate": str(header.rate),
+            "config": header.config,
+            "bytes": len(data),
+            "bits_per_pixel": bits_per_pixel(data, header),
+            "sections": {name: {"bytes": size, "bits_per_pixel": 8 * size / pixels} for name, size in sizes.items()},
+        }
+
+    @staticmethod
+    def wanted(header: Header, frames: Sequence[int] | None) -> Sequence[int]:
+        """The frames asked for; InputError for a number that the file does not have."""
+        chosen = range(header.frames) if frames is None else frames
+        for number in (chosen[0], chosen[-1]) if isinstance(chosen, range) and chosen else chosen:
+            if not 0 <= number < header.frames:
+                raise InputError(f"frame {number} is not in the file, which has 0 to {header.frames - 1}")
+        return chosen
+
+
+def describe(clip: Clip, method: str, config: dict[str, Any]) -> Header:
+    """The header of a file that holds `clip`."""
+    return Header(
+        method=method,
+        config=config,
+        width=clip.info.width,
+        height=clip.info.height,
+        frames=len(clip),
+        rate=clip.rate,
+        colour=clip.info.colour.as_video(),
+        pixel_aspect=clip.info.pixel_aspect,
+    )
+
+
+def pack_times(clip: Clip) -> dict[str, bytes]:
+    """The section that keeps the instants of a clip without a constant rate; nothing for the others."""
+    if clip.info.regular:
+        return {}
+    times = list(clip.times)
+    unit = math.lcm(*(time.denominator for time in times))
+    ticks = [int(time * unit) for time in times]
+    steps = [after - before for before, after in zip([0, *ticks], ticks, strict=False)]
+    return {"times": pack_numbers([unit, *steps])}
+
+
+def unpack_times(container: Container) -> list[Fraction] | None:
+    """What `pack_times` kept; None for a constant rate."""
+    if "times" not in container.sections:
+        return None
+    numbers, end = unpack_numbers(container.sections["times"], container.header.frames + 1)
+    if len(numbers) != container.header.frames + 1 or end != len(container.sections["times"]) or not numbers[0]:
+        raise InputError("section 'times' is damaged")
+    times, tick = [], 0
+    for step in numbers[1:]:
+        tick += step
+        times.append(Fraction(tick, numbers[0]))
+    return times
+
+
+def _load(source: str | Path | bytes) -> tuple[bytes, str]:
+    if isinstance(source, bytes):
+        return source, "the data"
+    try:
+        return Path(source).read_bytes(), str(source)
+    except OSError as error:
+        raise InputError(f"{source}: {error.strerror or error}") from None
+
+
+def _codec(header: Header, origin: str) -> Any:
+    try:
+        return card(header.method, "compress").load_class()
+    except InputError:
+        raise InputError(f"{origin}: made by a method that is not installed here") from None
+
+
+def _write_whole(path: Path, data: bytes) -> None:
+    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    try:
+        with partial.open("wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(partial, path)
+    except OSError as error:
+        raise InputError(f"{path}: cannot be written ({error.strerror or error})") from None
+    finally:
+        partial.unlink(missing_ok=True)
