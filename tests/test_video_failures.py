@@ -10,12 +10,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from media import make, moving
 
 from frameloom.errors import InputError, Interrupted
 from frameloom.video import writer
 from frameloom.video.reader import read
 from frameloom.video.writer import write
+from media import make, moving
 
 SRC = str(Path(__file__).parents[1] / "src")
 

@@ -151,9 +151,7 @@ def test_depth_of_a_ball_lies_on_its_sphere(seed):
     points = torch.einsum("tij,thwj->thwi", poses[0, :, :3, :3], points) + poses[0, :, None, None, :3, 3]
     centre = world.trajectories(H, W)["centres"][0, :, 1]
     distance = (points - centre[:, None, None]).norm(dim=-1)[made["masks"][0, :, 1] > 0]
-    torch.testing.assert_close(
-        distance, torch.full_like(distance, world.scenes[0].bodies[1].radius), atol=2e-3, rtol=0
-    )
+    torch.testing.assert_close(distance, torch.full_like(distance, world.scenes[0].bodies[1].radius), atol=2e-3, rtol=0)
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -48,9 +48,7 @@ def hue_name(rgb):
     """The named colour whose hue is nearest to that of the brightest half of some pixels (n, 3)."""
     bright = rgb[rgb.sum(-1) >= rgb.sum(-1).median()].mean(0)
     hue = colorsys.rgb_to_hsv(*bright.tolist())[0]
-    apart = {
-        name: abs((hue - colorsys.rgb_to_hsv(*colour)[0] + 0.5) % 1 - 0.5) for name, colour in COLOURS.items()
-    }
+    apart = {name: abs((hue - colorsys.rgb_to_hsv(*colour)[0] + 0.5) % 1 - 0.5) for name, colour in COLOURS.items()}
     return min(apart, key=apart.get)
 
 
@@ -113,9 +111,7 @@ def test_captions_name_each_object_once_with_its_size_and_way(seed):
         clause = caption.split(f"a {name}")[1].split(" and a ")[0]
         if way != "it does not move":
             assert verbs.get(way, way) in clause
-        height = float(found["boxes"][0, 0, k, 3] - found["boxes"][0, 0, k, 1]) * float(
-            found["depths"][0, 0, k]
-        )
+        height = float(found["boxes"][0, 0, k, 3] - found["boxes"][0, 0, k, 1]) * float(found["depths"][0, 0, k])
         assert ("large" in name) == (height > 2 * 0.51 * world.scenes[0].focal * H)
 
 
@@ -178,9 +174,7 @@ def test_impacts_sound_when_the_ball_meets_something(seed):
     onset = torch.relu(power[1:] - power[:-1])
     centres = world.trajectories(H, W)["centres"][0, :, 1]
     bodies = world.scenes[0].bodies
-    alone = [
-        c for c in contacts[0] if sum(abs(c - other) < 4 for other in contacts[0]) == 1 and 2 < c < frames - 3
-    ]
+    alone = [c for c in contacts[0] if sum(abs(c - other) < 4 for other in contacts[0]) == 1 and 2 < c < frames - 3]
     assert contacts[0]
     for contact in alone:
         window = onset[(contact - 3) * 200 // fps : (contact + 3) * 200 // fps]
@@ -188,9 +182,7 @@ def test_impacts_sound_when_the_ball_meets_something(seed):
         assert abs(peak * fps - contact) <= 1
         # At a contact the ball is on the ground, or turns back at the box.
         low = centres[contact, 1] - bodies[1].radius
-        turned = (centres[contact + 1, 0] - centres[contact, 0]) * (
-            centres[contact, 0] - centres[contact - 1, 0]
-        )
+        turned = (centres[contact + 1, 0] - centres[contact, 0]) * (centres[contact, 0] - centres[contact - 1, 0])
         assert low <= centres[contact - 3 : contact + 4, 1].min() - bodies[1].radius + 0.25 or turned <= 0
     hits = answers(world).get("how many times does the ball hit the ground")
     if hits is not None:

@@ -15,14 +15,17 @@ import torch
 from torch import Tensor
 
 from frameloom.bitstream.container import parse
+from frameloom.claims.base import Result
 from frameloom.metrics import psnr
-from frameloom.progress import Progress, silent
+from frameloom.progress import Progress
 from frameloom.tasks.compression.base import describe
 from frameloom.tasks.compression.hnerv import Config, HNeRV, NeRV, of_size, solve_width
 from frameloom.video.clip import Clip
 from frameloom.world.world import World
 
 PUBLISHED = {350_000: (32, 15), 750_000: (48, 30), 1_500_000: (68, 54), 3_000_000: (97, 91)}
+# The gain at this size that the claim asks for, in dB.
+NEEDED = 2.0
 
 _DECODE = """
 import sys, torch
@@ -32,10 +35,11 @@ torch.save(decoded.bytes_tensor(), sys.argv[2])
 """
 
 
-def measure(seed: int = 0, epochs: int = 150, progress: Progress = silent) -> dict[str, Any]:
+def run(*, seed: int, retrain: bool, progress: Progress, epochs: int = 150) -> Result:
     """Fit both networks, and HNeRV with NeRV's kernels and channels, and measure what their files hold.
 
-    `rows` are measured on frames decoded from the file; `checks` are true or false; cost and gain are in dB.
+    Rows are measured on frames decoded from the file. Everything is fitted anew each time, so `retrain` changes
+    nothing.
     """
     rendered = World("flyover", [seed], frames=32).render(64, 128)["rgb"][0]
     pictures = (rendered * 255).round().to(torch.uint8)
@@ -44,47 +48,43 @@ def measure(seed: int = 0, epochs: int = 150, progress: Progress = silent) -> di
     plain = HNeRV.preset("tiny")
     even = of_size(replace(plain, kernels=(3, 3), reduction=2.0), plain.parameters)
     plans: list[tuple[str, type[HNeRV], Config]] = [
-        ("hnerv", HNeRV, plain),
         ("nerv", NeRV, NeRV.preset("tiny")),
+        ("hnerv", HNeRV, plain),
         ("hnerv (3,3; r=2)", HNeRV, even),
     ]
     rows: list[dict[str, Any]] = []
+    found: dict[str, float] = {}
     checks: dict[str, bool] = {}
-    cost = 0.0
     for name, method, config in plans:
         started = time.perf_counter()
         network = method.fit(pictures, config, epochs=epochs, seed=seed, progress=progress)
         seconds = time.perf_counter() - started
         data = network.to_bytes(describe(clip, method.method, asdict(config)))
         decoded = torch.stack(list(method.decode(data)))
-        row = {"method": name, "psnr": float(psnr(decoded, target)), "seconds": seconds, "bytes": len(data),
-               "parameters": config.parameters}  # fmt: skip
-        rows.append(row)
+        found[name] = float(psnr(decoded, target))
+        rows.append({"name": name, "psnr": f"{found[name]:.2f} dB", "parameters": f"{config.parameters:,}",
+                     "file": f"{len(data):,} bytes", "fit": f"{seconds:.0f} s"})  # fmt: skip
         if name == "hnerv":
             with torch.inference_mode():
                 fitted = torch.cat([network(torch.tensor([k])) for k in range(len(pictures))])
                 permuted = network(torch.arange(len(pictures)).flip(0))
-            cost = float(psnr(fitted, target)) - row["psnr"]
-            checks["a frame comes from its own embedding"] = bool(psnr(permuted, target) < row["psnr"] - 3)
+            checks["quantisation costs < 0.3 dB"] = float(psnr(fitted, target)) - found[name] < 0.3
+            checks["a frame comes from its own embedding"] = bool(psnr(permuted, target) < found[name] - 3)
             checks |= _file_checks(data, decoded)
     checks["widths as published"] = all(
         (_width(HNeRV, size), _width(NeRV, size)) == widths for size, widths in PUBLISHED.items()
     )
-    checks["quantisation costs less than 0.3 dB"] = cost < 0.3
-    by_name = {row["method"]: row["psnr"] for row in rows}
-    return {
-        "rows": rows[:2],
-        "gain": by_name["hnerv"] - by_name["nerv"],
-        "checks": checks,
-        "quantisation_cost": cost,
-        "ablation": {
-            "rows": [rows[0], rows[2]],
-            "holds": by_name["hnerv (3,3; r=2)"] < by_name["hnerv"],
-        },
-        "holds": by_name["hnerv"] > by_name["nerv"] and all(checks.values()),
-        "seed": seed,
-        "epochs": epochs,
-    }
+    checks["(3,3; r=2) is worse"] = found["hnerv (3,3; r=2)"] < found["hnerv"]
+    gain = found["hnerv"] - found["nerv"]
+    return Result(
+        "hnerv",
+        paper="+4.70 dB over NeRV at 1.5M parameters, 300 epochs, 132 frames of 640x1280",
+        setting=f"world flyover, 32 frames of 64x128, {epochs} epochs, batch 2, seed {seed}",
+        rows=rows,
+        checks=checks,
+        holds=gain > NEEDED,
+        summary=f"{gain:+.2f} dB over nerv (needs > {NEEDED:g})",
+    )
 
 
 def _width(method: type[HNeRV], size: int) -> int:

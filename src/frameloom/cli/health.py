@@ -41,7 +41,9 @@ def examine() -> dict[str, Any]:
             continue
         model = load(card.id)
         count = sum(parameter.numel() for parameter in model.parameters())
-        row(f"weights {card.id}", card.weights is not None and count == card.weights.parameters, f"{count:,} parameters")
+        row(
+            f"weights {card.id}", card.weights is not None and count == card.weights.parameters, f"{count:,} parameters"
+        )
     begun = time.perf_counter()
     error = _round_trip()
     row("round trip", error < 3, f"{error:.2f} of 255 mean error through h264, {time.perf_counter() - begun:.1f} s")

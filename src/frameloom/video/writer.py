@@ -111,6 +111,9 @@ def encoding_for(info: Info, codec: str, crf: int | None, preset: str | None, ti
         # x264's AVX-512 code reads beyond the picture when its width is no multiple of 64: the same input then
         # encodes to different bytes from run to run, and a resumed file would not equal an undisturbed one.
         options["x264-params"] = "asm=AVX2"
+    if codec == "h265" and min(info.width, info.height) < 64:
+        # x265's assembly writes past its buffers when a side is below one coding tree unit.
+        options["x265-params"] += ":no-asm=1"
     if spec.preset is not None:
         options["cpu-used" if codec == "vp9" else "preset"] = preset or spec.preset
     elif preset:

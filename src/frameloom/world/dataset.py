@@ -56,9 +56,7 @@ class WorldDataset(Dataset):
             if not 0 <= i < self.length:
                 raise IndexError(f"item {i} of a data set of {self.length}")
         seeds = [int(np.random.SeedSequence([self.seed, i]).generate_state(1, np.uint64)[0]) for i in indices]
-        return World(
-            self.kind, seeds, self.frames, self.fps, self.motion, min(self.height, self.width), self.device
-        )
+        return World(self.kind, seeds, self.frames, self.fps, self.motion, min(self.height, self.width), self.device)
 
     def batch(self, indices: Sequence[int]) -> dict[str, Tensor]:
         """Several items stacked, each output with a leading dimension b."""
@@ -83,17 +81,13 @@ class WorldSource(Source):
         start, stop, _ = slice(start, stop).indices(self.world.frames)
         for first in range(start, stop, self.window):
             last = min(first + self.window, stop)
-            rgb = self.world.render(*self.size, supersample=self.supersample, start=first, stop=last)["rgb"][
-                0
-            ].cpu()
+            rgb = self.world.render(*self.size, supersample=self.supersample, start=first, stop=last)["rgb"][0].cpu()
             for k in range(first, last):
                 yield Frame(Fraction(k) / self.info.rate, self.info.colour, rgb=rgb[k - first])
 
     def fingerprint(self) -> str:
         world = self.world
-        return (
-            f"world {world.kind} {world.seeds[0]} {world.frames} {world.fps} {self.size} {self.supersample}"
-        )
+        return f"world {world.kind} {world.seeds[0]} {world.frames} {world.fps} {self.size} {self.supersample}"
 
 
 def clip(

@@ -66,12 +66,8 @@ def ground(rng: np.random.Generator, textures: tuple[int, ...] = (NOISE, CHECKS,
     else:
         number = int(rng.choice(GROUNDS))
         tint = TINTS[number]
-        turn = rotation((0, 0, 1), rng.uniform(0.2, 1.3, 1))[
-            0
-        ]  # keeps the mirrored edges out of line with the view
-        surface = Surface(
-            PHOTOGRAPH, ((0.1, 0.1, 0.1), tint), 0.3, turn, (*rng.uniform(size=2), 0.0), number, 0.0
-        )
+        turn = rotation((0, 0, 1), rng.uniform(0.2, 1.3, 1))[0]  # keeps the mirrored edges out of line with the view
+        surface = Surface(PHOTOGRAPH, ((0.1, 0.1, 0.1), tint), 0.3, turn, (*rng.uniform(size=2), 0.0), number, 0.0)
     return Part(PLANE, 0, fixed(LEVEL * 58.0, np.zeros(3)), surface)
 
 
@@ -185,9 +181,7 @@ def _shape(rng: np.random.Generator, index: int, body: Body) -> Part:
         half = np.array([0.85, 1.0, 0.85]) * radius
         return Part(BOX, index, moving(turn * half, centre), painted(rng, str(body.colour), radius))
     thick = 0.5 * radius
-    return Part(
-        CAPSULE, index, moving(turn * thick, centre), painted(rng, str(body.colour), radius), half=1.0
-    )
+    return Part(CAPSULE, index, moving(turn * thick, centre), painted(rng, str(body.colour), radius), half=1.0)
 
 
 def flyover(rng: np.random.Generator, duration: float, fps: float, motion: float) -> Scene:
@@ -229,16 +223,12 @@ def flyover(rng: np.random.Generator, duration: float, fps: float, motion: float
             parts.append(Part(BOX, index, fixed(facing * size, where + np.array([0, size, 0])), photo))
         else:
             texture = int(rng.choice((NOISE, STRIPES, CHECKS)))
-            surface = Surface(
-                texture, (shade(colour, 0.75), shade(colour, 1.25)), 0.5 / size, random_turn(rng)
-            )
+            surface = Surface(texture, (shade(colour, 0.75), shade(colour, 1.25)), 0.5 / size, random_turn(rng))
             half = 1.2 if form == "capsule" else 0.0
             radius = size * (0.55 if form == "capsule" else 0.9)
             centre = where + np.array([0, radius * (1 + half), 0])
             bodies.append(Body(form, None, None, still_at(centre), radius))
-            parts.append(
-                Part(CAPSULE if half else SPHERE, index, fixed(facing * radius, centre), surface, half=half)
-            )
+            parts.append(Part(CAPSULE if half else SPHERE, index, fixed(facing * radius, centre), surface, half=half))
 
     for i, angle in enumerate(np.linspace(0, 2 * np.pi, 6)[:-1] + phase):
         where = np.array([np.cos(angle), 0.0, np.sin(angle)]) * ring + (0, 0.02, 0)
@@ -263,9 +253,7 @@ def flyover(rng: np.random.Generator, duration: float, fps: float, motion: float
         target = ahead * np.stack([1 - 0.3 * sway, 0.5 + 0 * sway, 1 - 0.3 * sway], -1)
         return look_at(path(times), target)
 
-    return Scene(
-        "flyover", parts, bodies, camera, focal, duration, action="right" if clockwise > 0 else "left"
-    )
+    return Scene("flyover", parts, bodies, camera, focal, duration, action="right" if clockwise > 0 else "left")
 
 
 def still_at(where: np.ndarray) -> Callable[[Times], Vectors]:
@@ -282,9 +270,7 @@ def motion(rng: np.random.Generator, duration: float, fps: float, motion: float)
     parts, bodies = [], [Body("background")]
     wall = _anything(rng, 0.16)
     backdrop = fixed(np.diag([26.0, 26.0, 1.0]), np.array([0.0, 0.0, -4.0]))
-    parts.append(
-        Part(SPHERE, 0, fixed(np.eye(3) * 60.0, np.zeros(3)), _anything(rng, 0.02, photographs=False))
-    )
+    parts.append(Part(SPHERE, 0, fixed(np.eye(3) * 60.0, np.zeros(3)), _anything(rng, 0.02, photographs=False)))
     parts.append(Part(PLANE, 0, backdrop, wall))
     for index in range(1, int(rng.integers(3, 8))):
         shape = int(rng.choice((SPHERE, BOX, CAPSULE, PLANE)))
@@ -303,9 +289,7 @@ def motion(rng: np.random.Generator, duration: float, fps: float, motion: float)
         def centre(times: Times, home=home, swing=swing, rate=rate, phase=phase) -> Vectors:
             return home + swing * np.sin(rate * times + phase)[:, None]
 
-        def place(
-            times: Times, centre=centre, axis=axis, spin=spin, first=first, size=size, rate=rate, shape=shape
-        ):
+        def place(times: Times, centre=centre, axis=axis, spin=spin, first=first, size=size, rate=rate, shape=shape):
             # Planes rock, lest they be seen edge on.
             angle = 0.35 * np.sin(spin * times) if shape == PLANE else spin * times
             return pose(rotation(axis, angle) @ first * size, centre(times))
@@ -336,9 +320,7 @@ def _anything(rng: np.random.Generator, frequency: float, photographs: bool = Tr
     low = rng.uniform(0, 0.7, 3)
     high = np.clip(low + rng.uniform(0.15, 0.6, 3) * rng.choice((-1, 1, 1), 3), 0.02, 0.98)
     scale = {NOISE: 0.8, STRIPES: 1.6, CHECKS: 1.4}[texture]
-    return Surface(
-        texture, (tuple(low), tuple(high)), frequency * scale, random_turn(rng), tuple(rng.uniform(size=3))
-    )
+    return Surface(texture, (tuple(low), tuple(high)), frequency * scale, random_turn(rng), tuple(rng.uniform(size=3)))
 
 
 def bounce(rng: np.random.Generator, duration: float, fps: float, motion: float) -> Scene:

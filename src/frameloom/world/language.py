@@ -155,9 +155,7 @@ def events(scene: Scene, frames: int, fps: float) -> list[Event]:
             found.append(event(text, crossing.start, crossing.stop))
     for contact in scene.contacts:
         if contact.time * fps < frames - 0.5:
-            found.append(
-                event(f"the {scene.bodies[contact.body].name} hits the {contact.other}", contact.time)
-            )
+            found.append(event(f"the {scene.bodies[contact.body].name} hits the {contact.other}", contact.time))
     if scene.kind == "figure":
         found.append(event(f"the person {scene.action}", 0.0, scene.duration))
     if scene.kind == "talk":
@@ -200,9 +198,7 @@ def questions(scene: Scene, fps: float) -> list[Question]:
             Question("what does the person do", scene.action),
             Question("what colour is the shirt", str(bodies[0].colour)),
         ]
-        return asked + (
-            [Question("which way does the person move", bodies[0].moves)] if bodies[0].moves else []
-        )
+        return asked + ([Question("which way does the person move", bodies[0].moves)] if bodies[0].moves else [])
     if scene.kind == "talk":
         return [Question("what colour are the eyes", scene.action)]
     if scene.kind == "flyover":

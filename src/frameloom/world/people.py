@@ -39,9 +39,7 @@ ACTIONS = ("walks", "waves", "squats")
 SKIN = ((0.93, 0.76, 0.62), (0.80, 0.60, 0.44), (0.58, 0.40, 0.28), (0.97, 0.83, 0.72))
 
 
-def _skeleton(
-    rng: np.random.Generator, action: str, sign: float, duration: float
-) -> Callable[[Times], np.ndarray]:
+def _skeleton(rng: np.random.Generator, action: str, sign: float, duration: float) -> Callable[[Times], np.ndarray]:
     """Joints `(t, 15, 3)` by forward kinematics; a walk goes along x, the other actions face the camera."""
     trunk, arm, leg = rng.uniform(0.52, 0.6), rng.uniform(0.28, 0.32), rng.uniform(0.42, 0.48)
     shoulder, hip, tempo = rng.uniform(0.2, 0.25), rng.uniform(0.11, 0.14), rng.uniform(0.8, 1.2)
@@ -116,9 +114,7 @@ def _remember(joints: Callable[[Times], np.ndarray]) -> Callable[[Times], np.nda
     return lambda times: at(np.asarray(times, dtype=float).tobytes())
 
 
-def _bone(
-    joints: Callable[[Times], np.ndarray], start: int, stop: int, radius: float
-) -> tuple[Callable, float]:
+def _bone(joints: Callable[[Times], np.ndarray], start: int, stop: int, radius: float) -> tuple[Callable, float]:
     """Placement and half length of the capsule between two joints."""
     ends = joints(np.zeros(1))[0]
     half = np.linalg.norm(ends[stop] - ends[start]) / 2 / radius
@@ -209,13 +205,9 @@ def talk(
     shirt = str(rng.choice(list(COLOURS)))
     parts = [dome(rng), Part(SPHERE, 1, on_head(np.diag([0.82, 1.08, 0.88]), (0.0, 0.0, 0.0)), face)]
     parts.append(Part(SPHERE, 1, on_head(np.diag([0.9, 0.92, 0.9]), (0, 0.36, -0.2)), plain(hair)))
-    parts.append(
-        Part(SPHERE, 1, on_head(np.diag([0.11, 0.18, 0.16]), (0, -0.1, 0.86)), plain(shade(skin, 0.95)))
-    )
+    parts.append(Part(SPHERE, 1, on_head(np.diag([0.11, 0.18, 0.16]), (0, -0.1, 0.86)), plain(shade(skin, 0.95))))
     for x in (-0.31, 0.31):
-        parts.append(
-            Part(SPHERE, 1, on_head(np.eye(3) * 0.17, (x, 0.14, 0.72)), plain((0.96, 0.96, 0.95), 0.5))
-        )
+        parts.append(Part(SPHERE, 1, on_head(np.eye(3) * 0.17, (x, 0.14, 0.72)), plain((0.96, 0.96, 0.95), 0.5)))
         parts.append(Part(SPHERE, 1, on_head(np.eye(3) * 0.09, (x, 0.13, 0.825)), plain(COLOURS[iris], 0.5)))
         parts.append(Part(SPHERE, 1, on_head(np.eye(3) * 0.045, (x, 0.13, 0.882)), plain((0.03,) * 3, 0.0)))
 

@@ -88,9 +88,7 @@ class Renderer:
     ) -> None:  # fmt: skip
         self.matrices, self.parts, self.device = local_from_camera, parts, device
         self.height, self.width, self.focal = height, width, focal * min(height, width)
-        table = np.concatenate(
-            [local_from_camera[:, :, :3].reshape(*parts.shapes.shape, 12), parts.columns], -1
-        )
+        table = np.concatenate([local_from_camera[:, :, :3].reshape(*parts.shapes.shape, 12), parts.columns], -1)
         table[..., _FREQUENCY] /= self.focal[:, None]
         self.table = self._tensor(table)
         self.boxes = bounds(np.linalg.inv(local_from_camera), parts.shapes, parts.half)
@@ -120,9 +118,7 @@ class Renderer:
             for (x0, y0), (x1, y1) in zip(low.tolist(), high.tolist(), strict=True)
         ]
 
-    def _trace(
-        self, matrices: Tensor, rows: slice, x: Tensor, y: Tensor, crops: list
-    ) -> tuple[Tensor, Tensor]:
+    def _trace(self, matrices: Tensor, rows: slice, x: Tensor, y: Tensor, crops: list) -> tuple[Tensor, Tensor]:
         half = self._tensor(self.parts.half[rows])
         return trace(matrices, half, self.parts.shapes[rows], x, y, crops)
 
@@ -163,9 +159,7 @@ class Renderer:
                     made[occlusion] = self._hidden(rows, target, x, y, moved, focal)[:, None]
         return made
 
-    def _carried(
-        self, rows: slice, target: np.ndarray, x: Tensor, y: Tensor, depth: Tensor, part: Tensor
-    ) -> Vector:
+    def _carried(self, rows: slice, target: np.ndarray, x: Tensor, y: Tensor, depth: Tensor, part: Tensor) -> Vector:
         """Where the points seen in `rows` are seen in the rows `target`: coordinates and depth there."""
         carried = np.linalg.inv(self.matrices[target]) @ self.matrices[rows]
         matrix = self._tensor(carried[:, :, :3].reshape(-1, 12).T)
@@ -177,23 +171,17 @@ class Renderer:
         ahead = pz.clamp(min=NEAR)
         return tuple(a.reshape(depth.shape) for a in (px / ahead, py / ahead, pz))  # type: ignore[return-value]
 
-    def _hidden(
-        self, rows: slice, target: np.ndarray, x: Tensor, y: Tensor, moved: Vector, focal: Tensor
-    ) -> Tensor:
+    def _hidden(self, rows: slice, target: np.ndarray, x: Tensor, y: Tensor, moved: Vector, focal: Tensor) -> Tensor:
         """1 where a carried point leaves the picture, is behind the camera, or has something before it."""
         to_x, to_y, depth = moved
         matrices = self._tensor(self.matrices[target][:, :, :3])
         # A pixel can only meet a part that is within its own displacement of it.
         reach = float(torch.maximum((to_x - x).abs(), (to_y - y).abs()).mul_(focal).amax())
         nearest, _ = self._trace(matrices, rows, to_x, to_y, self._crops(target, 1, reach))
-        outside = (
-            (to_x.abs() * focal > self.width / 2) | (to_y.abs() * focal > self.height / 2) | (depth < NEAR)
-        )
+        outside = (to_x.abs() * focal > self.width / 2) | (to_y.abs() * focal > self.height / 2) | (depth < NEAR)
         return (outside | (nearest < depth * (1 - SLACK))).float()
 
-    def _colour(
-        self, table: Tensor, x: Tensor, y: Tensor, depth: Tensor, part: Tensor, supersample: int
-    ) -> Tensor:
+    def _colour(self, table: Tensor, x: Tensor, y: Tensor, depth: Tensor, part: Tensor, supersample: int) -> Tensor:
         columns = table.flatten(0, 1).T.contiguous()
         seen = _Seen(
             columns, flat_index(part, table.shape[1]),
@@ -253,28 +241,16 @@ class _Seen:
         normal = [n * s for n, s in zip(self.normal, self.pick(_SCALE), strict=True)]
         length = (normal[0] * normal[0] + normal[1] * normal[1] + normal[2] * normal[2]).sqrt_()
         light = self.pick(_LIGHT)
-        wrap = (
-            (normal[0] * light[0] + normal[1] * light[1] + normal[2] * light[2])
-            .div_(length)
-            .mul_(0.5)
-            .add_(0.5)
-        )
+        wrap = (normal[0] * light[0] + normal[1] * light[1] + normal[2] * light[2]).div_(length).mul_(0.5).add_(0.5)
         return 1 - self.pick(_LIT) * ((1 - AMBIENT) * (1 - wrap * wrap))
 
     def footprint(self) -> Tensor:
         """A pixel's size on the texture; it grows with the slant at which the surface is seen."""
         x, y, normal, matrix = self.x, self.y, self.normal, self.matrix
-        across = [
-            matrix[0, j] * normal[0] + matrix[1, j] * normal[1] + matrix[2, j] * normal[2] for j in range(3)
-        ]
+        across = [matrix[0, j] * normal[0] + matrix[1, j] * normal[1] + matrix[2, j] * normal[2] for j in range(3)]
         facing = (across[0] * x).add_(across[1] * y).add_(across[2]).abs_().clamp_(min=1e-6)
         ray = (x * x).add_(y * y).add_(1)
-        slant = (
-            (across[0] * across[0] + across[1] * across[1] + across[2] * across[2])
-            .mul_(ray)
-            .sqrt_()
-            .div_(facing)
-        )
+        slant = (across[0] * across[0] + across[1] * across[1] + across[2] * across[2]).mul_(ray).sqrt_().div_(facing)
         return slant.clamp_(max=16).mul_(self.z).mul_(self.pick(_FREQUENCY))
 
     def coordinates(self) -> Vector:

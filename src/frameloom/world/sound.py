@@ -26,11 +26,7 @@ def impacts(contacts: list[Contact], material: str, radius: float, duration: flo
         since = np.where(struck, since, 0.0)
         for ratio, loudness, decay in _TONES[material]:
             # An attack of 1 ms keeps the click below the top of the band.
-            ring = (
-                np.sin(2 * np.pi * base * ratio * since)
-                * np.exp(-since / decay)
-                * np.minimum(since / 1e-3, 1)
-            )
+            ring = np.sin(2 * np.pi * base * ratio * since) * np.exp(-since / decay) * np.minimum(since / 1e-3, 1)
             wave += np.where(struck, contact.strength * loudness * ring, 0.0)
     return wave / max(1.0, np.abs(wave).max())
 

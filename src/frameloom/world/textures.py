@@ -42,8 +42,7 @@ def _levels(picture: np.ndarray) -> list[np.ndarray]:
         level = levels[-1]
         for axis in range(picture.ndim - 1):
             level = (
-                level.take(range(0, level.shape[axis], 2), axis)
-                + level.take(range(1, level.shape[axis], 2), axis)
+                level.take(range(0, level.shape[axis], 2), axis) + level.take(range(1, level.shape[axis], 2), axis)
             ) / 2
         levels.append(level)
     return levels
@@ -62,9 +61,7 @@ def _noise() -> np.ndarray:
 
 @lru_cache(maxsize=4)
 def _volume(device: torch.device) -> Tensor:
-    return torch.from_numpy(np.concatenate([level.ravel() for level in _levels(_noise()[..., None])])).to(
-        device
-    )
+    return torch.from_numpy(np.concatenate([level.ravel() for level in _levels(_noise()[..., None])])).to(device)
 
 
 @lru_cache(maxsize=1)
@@ -92,9 +89,7 @@ def _atlas(device: torch.device) -> Tensor:
     return torch.from_numpy(_photographs()).to(device)
 
 
-def _between_levels(
-    size: int, skipped: int, dimensions: int, footprint: Tensor
-) -> list[tuple[Tensor, Tensor, Tensor]]:
+def _between_levels(size: int, skipped: int, dimensions: int, footprint: Tensor) -> list[tuple[Tensor, Tensor, Tensor]]:
     """For the two levels about `footprint` (tiles a pixel): texels a side, first texel, weight.
 
     The `skipped` coarsest levels are not used.

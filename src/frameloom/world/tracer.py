@@ -105,9 +105,7 @@ def trace(
             cx, cy = (x[:, :, xs], y[:, ys]) if grid else (x[:, ys, xs], y[:, ys, xs])
             if not whole and cx.shape[0] > 1:
                 cx, cy = cx[index], cy[index]
-            direction = tuple(
-                (matrix[:, i, 0] * cx + matrix[:, i, 2]) + matrix[:, i, 1] * cy for i in range(3)
-            )
+            direction = tuple((matrix[:, i, 0] * cx + matrix[:, i, 2]) + matrix[:, i, 1] * cy for i in range(3))
             origin = tuple(matrix[:, i, 3] for i in range(3))
             s = _INTERSECT[int(shape)](origin, direction, half[index, k, None, None])
             held = depth[index, ys, xs]
@@ -156,9 +154,7 @@ def bounds(camera_from_local: np.ndarray, shapes: np.ndarray, half: np.ndarray) 
             middle = dual[..., axis, 2]
             root = np.sqrt(np.maximum(middle**2 - dual[..., axis, axis] * dual[..., 2, 2], 0))
             low, high = (middle + root) / scale, (middle - root) / scale
-            box[..., axis] = np.where(
-                round_, np.where(ahead, np.minimum(box[..., axis], low), -np.inf), box[..., axis]
-            )
+            box[..., axis] = np.where(round_, np.where(ahead, np.minimum(box[..., axis], low), -np.inf), box[..., axis])
             box[..., axis + 2] = np.where(
                 round_, np.where(ahead, np.maximum(box[..., axis + 2], high), np.inf), box[..., axis + 2]
             )

@@ -64,9 +64,7 @@ class World:
         if kind not in KINDS:
             raise InputError(f"kind of world {kind!r} is unknown; choose one of {', '.join(KINDS)}")
         if frames < 1 or fps <= 0 or not len(seeds):
-            raise InputError(
-                f"a world needs 1 frame or more, a rate above 0 and a seed, not {frames} at {fps} fps"
-            )
+            raise InputError(f"a world needs 1 frame or more, a rate above 0 and a seed, not {frames} at {fps} fps")
         if voice is not None and (kind != "talk" or len(voice) != len(seeds)):
             raise InputError(f"voices belong to kind 'talk', one a seed; got {len(voice)} for kind {kind!r}")
         self.kind, self.seeds, self.frames, self.fps = kind, list(seeds), frames, float(fps)
@@ -132,8 +130,7 @@ class World:
 
         matrices = place(self.scenes, poses, times, self.parts.shapes.shape[1])
         shapes, half = (
-            np.broadcast_to(array[:, None, None], matrices.shape[:4])
-            for array in (self.parts.shapes, self.parts.half)
+            np.broadcast_to(array[:, None, None], matrices.shape[:4]) for array in (self.parts.shapes, self.parts.half)
         )
         of_parts = bounds(np.linalg.inv(matrices), shapes, half) * focal + (width / 2, height / 2) * 2
         size = np.array([width, height], dtype=float)
@@ -202,9 +199,7 @@ class World:
         """Focal lengths in pixels."""
         return np.array([scene.focal for scene in self.scenes]) * min(height, width)
 
-    def _renderer(
-        self, times: np.ndarray, height: int, width: int, views: int | None, arc: float | int
-    ) -> Renderer:
+    def _renderer(self, times: np.ndarray, height: int, width: int, views: int | None, arc: float | int) -> Renderer:
         matrices = place(self.scenes, self.poses(times, views, arc), times, self.parts.shapes.shape[1])
         scene = np.repeat(np.arange(len(self.scenes)), (views or 1) * len(times))
         parts = Parts(*(array[scene] for array in vars(self.parts).values()))
@@ -250,9 +245,7 @@ class World:
         if unknown := wanted - set(OUTPUTS):
             raise InputError(f"output {sorted(unknown)[0]!r} is unknown; choose from {', '.join(OUTPUTS)}")
         if min(height, width, supersample, blur) < 1 or (views is not None and views < 1):
-            raise InputError(
-                f"sizes and counts are 1 or more, not {height}x{width}, {supersample=}, {blur=}, {views=}"
-            )
+            raise InputError(f"sizes and counts are 1 or more, not {height}x{width}, {supersample=}, {blur=}, {views=}")
         times = self.times[start:stop]
         lead = (len(self.scenes), views or 1, len(times))
         made: dict[str, Tensor] = {}
@@ -263,9 +256,7 @@ class World:
         if blur > 1 and "rgb" in wanted:
             instants = times[:, None] + ((np.arange(blur) + 0.5) / blur - 0.5) * 0.5 / self.fps
             renderer = self._renderer(instants.ravel(), height, width, views, arc)
-            made["rgb"] = (
-                self._rows(renderer, 1, {"rgb"}, supersample)["rgb"].unflatten(0, (-1, blur)).mean(1)
-            )
+            made["rgb"] = self._rows(renderer, 1, {"rgb"}, supersample)["rgb"].unflatten(0, (-1, blur)).mean(1)
         result = {}
         for name in OUTPUTS:
             if name in wanted:
@@ -279,9 +270,7 @@ class World:
             result["rgb"] = self._noisy(result["rgb"], noise, start)
         return result if views else {name: value[:, 0] for name, value in result.items()}
 
-    def _rows(
-        self, renderer: Renderer, frames: int, outputs: set[str], supersample: int
-    ) -> dict[str, Tensor]:
+    def _rows(self, renderer: Renderer, frames: int, outputs: set[str], supersample: int) -> dict[str, Tensor]:
         """All rows of a renderer, a few at a time; labels of a row look at its clip's rows beside it."""
         count = len(renderer.focal)
         index = np.arange(count)
