@@ -38,6 +38,7 @@ def interpolate(
     input: options.Input,
     output: options.Output,
     fps: Annotated[str, typer.Option(help="the new rate: 60, 23.976, 30000/1001, or 2x for twice the source's")] = "60",
+    slow: Annotated[float | None, typer.Option(help="slow motion: so many times slower, at the source's rate")] = None,
     method: options.Method = "auto",
     weights: options.Weights = None,
     device: options.Device = "cpu",
@@ -65,7 +66,7 @@ def interpolate(
     clip = read(input, stream=stream, range=range, rate=rate, deinterlace=deinterlace, keep_readable=keep_readable)
     terminal.say(terminal.describe(clip, Path(input).name))
     chosen = AUTO if method == "auto" else method
-    made = verb(clip, fps, chosen, weights=weights, device=device, tile=tile, dedupe=dedupe, strict=strict)
+    made = verb(clip, fps, chosen, slow=slow, weights=weights, device=device, tile=tile, dedupe=dedupe, strict=strict)
     terminal.say(f"{chosen} on {device}, {len(clip):,} frames to {len(made):,}")
     finish(made, output, codec=codec, crf=crf, preset=preset, resume=resume, json=json, extra={"method": chosen})
 
@@ -146,8 +147,8 @@ def inspect(
     if json:
         terminal.emit(found)
         return
-    print(f"{input}  {found['method']}  {found['width']}x{found['height']}  {found['frames']} frames at {found['rate']} "
-          f"a second")  # fmt: skip
+    size = f"{found['width']}x{found['height']}"
+    print(f"{input}  {found['method']}  {size}  {found['frames']} frames at {found['rate']} a second")
     for name, part in found["sections"].items():
         print(f"  {name:28} {part['bytes']:>10,} bytes  {part['bits_per_pixel']:.5f} bits a pixel")
     print(f"  {'in all':28} {found['bytes']:>10,} bytes  {found['bits_per_pixel']:.5f} bits a pixel")

@@ -35,6 +35,7 @@ def ms_ssim(a: Float[Tensor, "t c h w"], b: Float[Tensor, "t c h w"]) -> Float[T
     those scales summing to 1 again, so figures compare only between pictures of one size.
     """
     side = min(a.shape[-2:])
-    scales = max(k for k in range(1, 6) if k == 1 or side > (_WINDOW - 1) * 2 ** (k - 1))
+    # torchmetrics' own rule for how many scales a side can carry.
+    scales = max(k for k in range(1, 6) if side // max(1, (k - 1) ** 2) >= _WINDOW)
     weights = tuple(weight / sum(_SCALES[:scales]) for weight in _SCALES[:scales])
     return multiscale_structural_similarity_index_measure(a, b, data_range=1.0, betas=weights)

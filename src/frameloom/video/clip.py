@@ -192,6 +192,24 @@ class MappedSource(Source):
         return f"{self.base.fingerprint()} | {self.label}"
 
 
+class Retimed(Source):
+    """The same frames at another, regular rate: slower or faster. The sound does not fit any more and stays away."""
+
+    def __init__(self, base: Source, rate: Fraction) -> None:
+        self.base = base
+        self.info = replace(base.info, rate=rate, regular=True)
+
+    def times(self) -> Sequence[Fraction]:
+        return RegularTimes(self.info.rate, len(self.base.times()))
+
+    def frames(self, start: int = 0, stop: int | None = None) -> Iterator[Frame]:
+        for number, frame in enumerate(self.base.frames(start, stop), start):
+            yield frame.at(Fraction(number) / self.info.rate)
+
+    def fingerprint(self) -> str:
+        return f"{self.base.fingerprint()} at {self.info.rate}"
+
+
 class Clip:
     """A video, lazily. `clip[10:40]` is by frame, `clip[2.0:4.0]` by second, `clip[::2]` every second frame."""
 
@@ -282,6 +300,10 @@ class Clip:
     def map(self, function: Callable[[Tensor], Tensor], label: str) -> "Clip":
         """A clip whose pictures are `function(rgb)`; `label` names the function when work is resumed."""
         return Clip(MappedSource(self.source, function, label))
+
+    def retimed(self, rate: Fraction) -> "Clip":
+        """The same frames shown at `rate` frames a second, without the sound."""
+        return Clip(Retimed(self.source, rate))
 
     def save(self, path: str | Path, **options: Any) -> "Clip":
         """Encode to a file and return the clip read back from it; see `frameloom.video.writer.write`."""

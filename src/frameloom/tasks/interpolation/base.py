@@ -54,6 +54,7 @@ def interpolate(
     fps: str | float | Fraction = 60,
     method: str = "auto",
     *,
+    slow: float | int | None = None,
     weights: str | None = None,
     device: str = "cpu",
     tile: int | None = None,
@@ -64,6 +65,8 @@ def interpolate(
 
     Args:
         fps: frames a second (`60`, `"23.976"`, `"30000/1001"`) or a multiple of the clip's own rate (`"2x"`).
+        slow: slow motion instead of a smoother picture: so many times as many frames, shown at the clip's own rate,
+            without sound. `fps` is then not used.
         method: a method of this task, or `"auto"` for the one that measures best on real footage.
         weights: for methods that have them; see `frameloom.load`.
         tile: longest side in pixels that the method is given at once; pictures beyond it are cut into
@@ -74,6 +77,10 @@ def interpolate(
     Raises:
         InputError: an impossible rate, a single frame, an unknown method.
     """
+    if slow is not None:
+        if not 1 < slow <= 64:
+            raise InputError(f"--slow {slow:g}: slow motion is more than 1 and at most 64 times slower")
+        fps = f"{slow}x"
     text = str(fps).strip().lower()
     rate = clip.rate * parse_rate(text[:-1]) if text.endswith("x") else parse_rate(fps)
     name = AUTO if method == "auto" else method
@@ -85,8 +92,11 @@ def interpolate(
     made = load(name, weights, device=device)
     label = f"interpolate {rate} {name} {weights} tile={tile} dedupe={dedupe}"
     if hasattr(made, "resample"):
-        return Clip(made.resample(clip.source, rate))
-    return Clip(InterpolatedSource(clip.source, made, rate, label, tile or made.tile, dedupe, strict, device))
+        smooth = Clip(made.resample(clip.source, rate))
+    else:
+        source = InterpolatedSource(clip.source, made, rate, label, tile or made.tile, dedupe, strict, device)
+        smooth = Clip(source)
+    return smooth if slow is None else smooth.retimed(clip.rate)
 
 
 @dataclass
