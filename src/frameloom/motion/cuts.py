@@ -51,14 +51,20 @@ def change(first: Float[Tensor, "3 h w"], second: Float[Tensor, "3 h w"]) -> Cha
     histogram = 0.5 * float(np.abs(histograms[0] - histograms[1]).sum())
     if histogram <= HISTOGRAM_THRESHOLD:
         return Change(histogram, 0.0, difference)
-    grey = [cv2.cvtColor(picture, cv2.COLOR_RGB2GRAY) for picture in small]
+    grey = [_levelled(cv2.cvtColor(picture, cv2.COLOR_RGB2GRAY)) for picture in small]
     forward, backward = dis_flow(grey[0], grey[1]), dis_flow(grey[1], grey[0])
     back = remap(backward, forward, mode=cv2.INTER_LINEAR)
     gap = np.square(forward + back).sum(-1)
     reach = np.square(forward).sum(-1) + np.square(back).sum(-1)
-    error = np.abs(remap(small[1].astype(np.float32), forward) - small[0]).mean(-1)
+    error = np.abs(remap(grey[1].astype(np.float32), forward) - grey[0])
     lost = (gap > 0.01 * reach + 0.5) | (error > 24)
     return Change(histogram, float(lost.mean()), difference)
+
+
+def _levelled(grey: np.ndarray) -> np.ndarray:
+    """Of one mean and contrast, so that a flash or a fade between two pictures can still be tracked."""
+    values = grey.astype(np.float32)
+    return (40 * (values - values.mean()) / max(2.0, float(values.std())) + 128).clip(0, 255).astype(np.uint8)
 
 
 def _largest_block(difference: np.ndarray) -> float:

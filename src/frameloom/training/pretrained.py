@@ -89,12 +89,13 @@ def _folder(weights: str) -> Path:
 
 
 def _from_folder(kind: type, method: str, folder: Path) -> nn.Module:
+    for name in ("config.json", "model.safetensors"):
+        if not (folder / name).is_file():
+            raise InputError(f"--weights {folder}: holds no {name}")
     try:
         note = json.loads((folder / "config.json").read_text())
         found, settings = note["method"], note["config"]
         tensors = load_file(folder / "model.safetensors")
-    except FileNotFoundError as error:
-        raise InputError(f"--weights {folder}: holds no {Path(str(error.filename)).name}") from None
     except (ValueError, KeyError, TypeError, SafetensorError) as error:
         raise InputError(f"--weights {folder}: not weights of a frameloom method ({error})") from None
     if found != method:

@@ -1,0 +1,192 @@
+"""Make the pages under docs/ and the tables of the README from the cards, and the pictures from real runs.
+
+python docs/build.py            everything (pictures too, about half a minute)
+python docs/build.py --check    fail if a page is not what the cards say (pictures are left alone)
+python docs/build.py --claims   print the ids of the methods that have a claim
+"""
+
+import argparse
+import re
+import sys
+from pathlib import Path
+
+from frameloom.cards import Card, cards
+
+HERE = Path(__file__).parent
+ROOT = HERE.parent
+
+VERBS = {
+    "interpolate": (
+        "Change the frame rate of a video, or slow it down: pictures at instants nobody recorded.",
+        """```
+frameloom interpolate holiday.mov smooth.mp4 --fps 60          # any rate to any rate: 24, 23.976, 30000/1001, 2x
+frameloom interpolate holiday.mov slow.mp4 --slow 4            # four times slower, at the source's rate
+frameloom interpolate holiday.mov smooth.mp4 --method vfimamba
+frameloom interpolate padded.mp4 smooth.mp4 --fps 60 --dedupe  # footage with repeated frames
+```
+
+```python
+import frameloom as fl
+
+clip = fl.read("holiday.mov")                  # lazy: nothing is decoded but the first frame
+smooth = fl.interpolate(clip, fps=60)          # lazy too
+smooth[2.0:4.0].save("part.mp4")               # two seconds are computed
+model = fl.load("vfimamba")
+middle = model.at(frame0, frame1, t=0.5)       # the bare method, plain tensors (3, h, w) in [0, 1]
+```
+
+Output frame j is shown at j / rate exactly. A recorded frame that falls on such an instant (within a thousandth of the
+gap) is passed on as the decoder made it. Across a scene cut the nearer frame is held. A cut is a change of the colour
+histogram by more than 0.25 *and* more than half of the pixels without a trackable counterpart; a repeated frame is one
+in which no 4x4 block differs by more than 1.5 of 255. The counts are printed at the end. Methods that only know the
+middle are applied again to their own results, down to eighths of the gap; other instants are rounded with a note, or
+refused under `--strict`. Frames too large for a method are cut into overlapping tiles (`--tile`). Memory holds two
+frames and what lies between them, whatever the length. A target below the source's rate samples the same motion at
+fewer instants.
+
+![Motion between two frames: hue is direction, brightness is speed](../pictures/flow.png)
+
+Source frames (first and last) and the three made between them:
+
+![Five frames, three of them made](../pictures/slow-motion.png)
+""",
+    ),
+    "compress": (
+        "Store a video in one `.flm` file that decodes on its own, any frame of it first.",
+        """```
+frameloom compress clip.mp4 clip.flm                           # the codec that measures best at equal size
+frameloom compress clip.mp4 clip.flm --method hnerv --size 60k # a network in a file
+frameloom inspect clip.flm                                     # every section: bytes, bits a pixel
+frameloom decompress clip.flm back.mp4 --frames 10:40          # random access
+frameloom run clip.mp4 small.flm --do "interpolate 60fps | compress hnerv"
+```
+
+```python
+fl.compress(clip, "clip.flm", "hnerv", epochs=300)
+fl.decompress("clip.flm", frames=[17, 3]).tensor()             # (2, 3, h, w): only those two are decoded
+```
+
+The size is the length of the file, and bits a pixel are 8 times that over all pixels. `--size` is bytes for the
+conventional codecs (met from below by a few encodes) and stored parameters, at about a byte each, for the networks.
+Every number in a file is checked before it is believed: damage ends in one line that names the section.
+
+**When a fitted network is worth it:** one forward pass per frame and no dependency between frames, so any frame costs
+the same; a decoder of a few hundred lines. **When not:** at equal bytes x264, x265 and AV1 give many more decibels on
+ordinary footage and encode thousands of times faster; `benchmarks/compression.py` prints both sides. Sound is not
+stored in a `.flm` file.
+""",
+    ),
+}
+
+
+def methods_table(chosen: list[Card]) -> str:
+    rows = ["| id | paper | ships | what it is |", "|---|---|---|---|"]
+    for card in chosen:
+        paper = f"{card.venue} {card.year}" if card.year else "baseline"
+        paper += f", [arXiv {card.arxiv}](https://arxiv.org/abs/{card.arxiv})" if card.arxiv else ""
+        ships = f"weights, {card.weights.parameters:,} parameters" if card.weights else "no weights needed"
+        if card.sizes and not card.weights:
+            ships = "fitted to each video"
+        rows.append(f"| `{card.id}` | {paper} | {ships} | {card.summary} |")
+    return "\n".join(rows)
+
+
+def claims_table() -> str:
+    rows = ["| method | the paper says | here | verdict | run |", "|---|---|---|---|---|"]
+    for card in cards().values():
+        if not card.claim:
+            continue
+        result = card.result
+        if result is None:
+            rows.append(f"| `{card.id}` | {card.claim} | not run yet | | |")
+            continue
+        verdict = "holds" if result["holds"] else "does not hold at this size"
+        rows.append(f"| `{card.id}` | {result['paper']} | {result['summary']}; {result['setting']} | {verdict} | "
+                    f"{result['date']}, {result['machine']}, {result['seconds']:.0f} s |")  # fmt: skip
+    return "\n".join(rows)
+
+
+def card_section(card: Card) -> str:
+    from frameloom.cli.toolbox import card_lines
+
+    text = "\n".join(card_lines(card))
+    cite = f"\n\n```bibtex\n{card.bibtex()}\n```" if card.authors else ""
+    return f"### {card.title}\n\n```\n{text}\n```{cite}"
+
+
+def verb_page(verb: str) -> str:
+    summary, body = VERBS[verb]
+    mine = [card for card in cards().values() if card.verb == verb]
+    sections = "\n\n".join(card_section(card) for card in mine)
+    return f"# {verb}\n\n{summary}\n\n{body}\n## Methods\n\n{methods_table(mine)}\n\n{sections}\n"
+
+
+def verbs_table() -> str:
+    rows = ["| verb | what it does | methods |", "|---|---|---|"]
+    for verb, (summary, _) in VERBS.items():
+        names = ", ".join(f"`{card.id}`" for card in cards().values() if card.verb == verb)
+        rows.append(f"| [{verb}](docs/verbs/{verb}.md) | {summary} | {names} |")
+    return "\n".join(rows)
+
+
+def fill(text: str, tables: dict[str, str]) -> str:
+    """Put tables between the markers <!-- name --> and <!-- /name -->."""
+    for name, table in tables.items():
+        pattern = rf"(<!-- {name} -->\n).*?(\n<!-- /{name} -->)"
+        text = re.sub(pattern, lambda match, table=table: match[1] + table + match[2], text, flags=re.DOTALL)
+    return text
+
+
+def pages() -> dict[Path, str]:
+    made = {HERE / "verbs" / f"{verb}.md": verb_page(verb) for verb in VERBS}
+    made[HERE / "methods.md"] = f"# Methods\n\n{methods_table(list(cards().values()))}\n"
+    made[HERE / "claims.md"] = (
+        "# Claims\n\nEach line was printed by `frameloom claim ID --save` on the machine that is named; run it again "
+        f"to check.\n\n{claims_table()}\n"
+    )
+    readme = ROOT / "README.md"
+    made[readme] = fill(readme.read_text(), {"verbs": verbs_table(), "claims": claims_table()})
+    return made
+
+
+def pictures() -> None:
+    """The strip of the README and the pictures of the interpolate page, from the demo's own clip."""
+    import cv2
+    import numpy as np
+
+    from frameloom.cli.demo import flow_picture, photographs
+    from frameloom.motion.dis import pixels
+    from frameloom.tasks.interpolation import interpolate
+    from frameloom.world import clip as world_clip
+
+    folder = HERE / "pictures"
+    folder.mkdir(exist_ok=True)
+    photo = photographs(16)
+    made = [pixels(frame.rgb)[..., ::-1] for frame in interpolate(photo[4:6], slow=4).frames(0, 5)]
+    flow = flow_picture(photo)
+    world = pixels(next(world_clip(seed=3, frames=12, height=216, width=384, fps=12).frames(6)).rgb)[..., ::-1]
+    save = [int(cv2.IMWRITE_PNG_COMPRESSION), 9]
+    cv2.imwrite(str(folder / "flow.png"), flow, save)
+    small = [cv2.resize(picture, (288, 162), interpolation=cv2.INTER_AREA) for picture in made]
+    cv2.imwrite(str(folder / "slow-motion.png"), np.concatenate(small, 1), save)
+    cv2.imwrite(str(folder / "strip.png"), np.concatenate([made[0], made[2], flow, world], 1)[::2, ::2], save)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--check", action="store_true")
+    parser.add_argument("--claims", action="store_true")
+    options = parser.parse_args()
+    if options.claims:
+        print(" ".join(card.id for card in cards().values() if card.claim))
+        return
+    stale = [path for path, text in pages().items() if not path.is_file() or path.read_text() != text]
+    if options.check:
+        sys.exit(f"not what the cards say, run make docs: {', '.join(map(str, stale))}" if stale else 0)
+    for path, text in pages().items():
+        path.write_text(text)
+    pictures()
+
+
+if __name__ == "__main__":
+    main()
