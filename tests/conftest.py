@@ -6,6 +6,9 @@ from pathlib import Path
 import pytest
 import torch
 
+# Tests run side by side; one thread each, in the processes that they start too.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
 CLIPS = Path(os.environ.get("FRAMELOOM_CLIPS", Path(__file__).parents[1] / ".." / "shared" / "clips")).resolve()
 
 

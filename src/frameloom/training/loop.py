@@ -107,7 +107,7 @@ def train(
     from torch.utils.tensorboard import SummaryWriter
 
     # A rendering worker and a training thread on one core slow each other down tenfold: leave each its own.
-    if device == "cpu":
+    if device == "cpu" and "OMP_NUM_THREADS" not in os.environ:
         torch.set_num_threads(max(1, (os.cpu_count() or 1) - workers))
     half = "bf16" if recipe.bf16 else "no"
     accelerator = Accelerator(mixed_precision=half, cpu=device == "cpu")
