@@ -23,6 +23,8 @@ def run(out: str, *, quick: bool, progress: Progress) -> Path:
     """Write `out/index.html` with its videos inside, and the videos as files beside it; return the page."""
     folder = Path(out)
     folder.mkdir(parents=True, exist_ok=True)
+    # Networks this small gain nothing from a second thread, and lose tenfold where another program wants the core.
+    torch.set_num_threads(1)
     begun = time.perf_counter()
     progress("rendering", 0, 2)
     world = world_clip(seed=3, frames=12 if quick else 24, height=96, width=160, fps=12).save(
