@@ -17,6 +17,7 @@ lint: $(READY)
 	$(BIN)/ruff check -q --output-format concise src tests benchmarks docs
 	$(BIN)/ruff format -q --check src tests benchmarks docs
 	$(BIN)/lint-imports --no-cache
+	$(BIN)/python docs/build.py --check
 
 format: $(READY)
 	$(BIN)/ruff check -q --fix src tests benchmarks docs

@@ -34,7 +34,7 @@ def read(
     *,
     stream: int = 0,
     range: str | None = None,
-    rate: str | float | Fraction | None = None,
+    rate: str | float | int | Fraction | None = None,
     deinterlace: bool = False,
     keep_readable: bool = False,
 ) -> Clip:

@@ -51,7 +51,7 @@ class Interpolator(Protocol):
 
 def interpolate(
     clip: Clip,
-    fps: str | float | Fraction = 60,
+    fps: str | float | int | Fraction = 60,
     method: str = "auto",
     *,
     slow: float | int | None = None,
