@@ -5,9 +5,14 @@ from pathlib import Path
 
 import pytest
 import torch
+from hypothesis import settings
 
 # Tests run side by side; one thread each, in the processes that they start too.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+# The same examples on every run: a red test is a change of the code, not of the dice.
+settings.register_profile("repeatable", derandomize=True)
+settings.load_profile("repeatable")
 
 CLIPS = Path(os.environ.get("FRAMELOOM_CLIPS", Path(__file__).parents[1] / ".." / "shared" / "clips")).resolve()
 

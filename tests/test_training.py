@@ -86,11 +86,11 @@ def test_it_learns_and_leaves_a_described_folder(tmp_path):
     assert "frameloom train line" in (out / "README.md").read_text()
 
 
-@pytest.mark.parametrize("stop", [1, 23, 59])
-def test_a_run_that_was_stopped_ends_in_the_same_weights(tmp_path, stop):
+@pytest.mark.parametrize(("stop", "save_every"), [(1, 0.0), (23, 0.0), (59, 0.0), (55, 1e9)])
+def test_a_run_that_was_stopped_ends_in_the_same_weights(tmp_path, stop, save_every):
     undisturbed = load_file(loop.train("line", tmp_path / "a", workers=0) / "model.safetensors")
     with pytest.raises(Interrupted):
-        loop.train("line", tmp_path / "b", workers=0, save_every=0.0, progress=stop_at(stop))
+        loop.train("line", tmp_path / "b", workers=0, save_every=save_every, progress=stop_at(stop))
     assert not (tmp_path / "b" / "model.safetensors").exists()
     resumed = load_file(loop.train("line", tmp_path / "b", workers=0) / "model.safetensors")
     assert all(torch.equal(undisturbed[name], resumed[name]) for name in undisturbed)

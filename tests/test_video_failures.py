@@ -211,6 +211,7 @@ def test_ctrl_c_keeps_what_is_done_and_resume_gives_the_undisturbed_file(tmp_pat
     write(clip, tmp_path / "b.mp4", resume=True, progress=lambda label, done, total: seen.append(done))
     assert seen[0] == 9, "the second segment is encoded again, the first is not"
     assert (tmp_path / "b.mp4").read_bytes() == undisturbed
+    assert len(read(tmp_path / "b.mp4")) == 30
     assert leftovers(tmp_path, "b") == ["b.mp4"]
 
 
