@@ -87,7 +87,8 @@ def methods_table(chosen: list[Card]) -> str:
         ships = f"weights, {card.weights.parameters:,} parameters" if card.weights else "no weights needed"
         if card.sizes and not card.weights:
             ships = "fitted to each video"
-        rows.append(f"| `{card.id}` | {paper} | {ships} | {card.summary} |")
+        name = f"`{card.id}`" + (" (auto)" if card.auto else "")
+        rows.append(f"| {name} | {paper} | {ships} | {card.summary} |")
     return "\n".join(rows)
 
 

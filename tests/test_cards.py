@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 import frameloom
-from frameloom.cards import card, cards
+from frameloom.cards import card, cards, chosen
 from frameloom.claims import base as claims
 from frameloom.errors import InputError
 from frameloom.training.pretrained import load, save_pretrained, shipped
@@ -94,6 +94,12 @@ def test_damaged_weights_are_one_line(tmp_path, damage):
     (tmp_path / damage).unlink()
     with pytest.raises(InputError, match=f"holds no {damage}"):
         load("vfimamba", tmp_path)
+
+
+def test_every_verb_has_one_method_for_auto():
+    for verb in {found.verb for found in cards().values()}:
+        assert len([found for found in cards().values() if found.verb == verb and found.auto]) == 1
+        assert chosen("auto", verb) in cards()
 
 
 def test_an_unknown_method_suggests_the_nearest():

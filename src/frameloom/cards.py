@@ -32,7 +32,8 @@ class Card:
     """One method: who published it, what it is for, where it lives, what it needs.
 
     `kind` is `"method"` for a published method and `"baseline"` for the classical or naive answer that a task
-    keeps under the same protocol. `entry` is `"module:Class"` of the method file. `paper_parameters` is the
+    keeps under the same protocol. `auto` marks the one that `--method auto` takes: what measures best, on real footage,
+    of all that is installed. `entry` is `"module:Class"` of the method file. `paper_parameters` is the
     published size that the `paper` preset must reproduce, to `paper_tolerance` of itself.
     """
 
@@ -42,6 +43,7 @@ class Card:
     entry: str
     summary: str
     kind: str = "method"
+    auto: bool = False
     authors: tuple[str, ...] = ()
     venue: str = ""
     year: int = 0
@@ -84,7 +86,8 @@ class Card:
         if self.arxiv:
             rows |= {"eprint": self.arxiv, "archivePrefix": "arXiv"}
         body = ",\n".join(f"  {key} = {{{value}}}" for key, value in rows.items() if value)
-        return f"@article{{{self.id},\n{body}\n}}"
+        kind = "article" if self.venue.startswith("arXiv") else "inproceedings"
+        return f"@{kind}{{{self.id},\n{body}\n}}"
 
 
 def _parse(text: str) -> Card:
@@ -100,6 +103,13 @@ def cards() -> dict[str, Card]:
     folder = files("frameloom") / "methods"
     found = [_parse(path.read_text()) for path in folder.iterdir() if path.name.endswith(".toml")]
     return {card.id: card for card in sorted(found, key=lambda card: (card.kind != "method", card.id))}
+
+
+def chosen(method: str, verb: str) -> str:
+    """`method` itself, or for `"auto"` the method of `verb` whose card says so."""
+    if method != "auto":
+        return method
+    return next(card.id for card in cards().values() if card.verb == verb and card.auto)
 
 
 def card(method: str, verb: str | None = None) -> Card:

@@ -64,7 +64,7 @@ def bar(units: str = "frames") -> Iterator[Progress]:
 
 
 def describe(clip, name: str) -> str:
-    """`holiday.mov  1920x1080  29.97 fps  2 min 11 s  h264  sound kept  turned 90°`."""
+    """`holiday.mov  1920x1080  29.97 fps  2 min 11 s  h264  with sound or subtitles  turned 90°`."""
     from frameloom.video.times import show_duration, show_rate
 
     info = clip.info
@@ -73,7 +73,7 @@ def describe(clip, name: str) -> str:
     if info.colour.depth > 8:
         parts.append(f"{info.colour.depth} bit")
     if clip.source.passthrough:
-        parts.append("sound and subtitles kept")
+        parts.append("with sound or subtitles")
     if info.rotation:
         parts.append(f"turned {info.rotation}°")
     return "  ".join(part for part in parts if part)

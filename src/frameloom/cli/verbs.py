@@ -57,18 +57,18 @@ def interpolate(
     json: options.Json = False,
 ) -> None:
     """Change the frame rate: pictures at instants nobody recorded, sound untouched."""
+    from frameloom.cards import chosen
     from frameloom.cli import terminal
     from frameloom.tasks.interpolation import interpolate as verb
-    from frameloom.tasks.interpolation.base import AUTO
     from frameloom.video.reader import read
 
     terminal.listen()
     clip = read(input, stream=stream, range=range, rate=rate, deinterlace=deinterlace, keep_readable=keep_readable)
     terminal.say(terminal.describe(clip, Path(input).name))
-    chosen = AUTO if method == "auto" else method
-    made = verb(clip, fps, chosen, slow=slow, weights=weights, device=device, tile=tile, dedupe=dedupe, strict=strict)
-    terminal.say(f"{chosen} on {device}, {len(clip):,} frames to {len(made):,}")
-    finish(made, output, codec=codec, crf=crf, preset=preset, resume=resume, json=json, extra={"method": chosen})
+    name = chosen(method, "interpolate")
+    made = verb(clip, fps, name, slow=slow, weights=weights, device=device, tile=tile, dedupe=dedupe, strict=strict)
+    terminal.say(f"{name} on {device}, {len(clip):,} frames to {len(made):,}")
+    finish(made, output, codec=codec, crf=crf, preset=preset, resume=resume, json=json, extra={"method": name})
 
 
 def compress(

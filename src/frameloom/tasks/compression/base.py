@@ -20,14 +20,11 @@ from torch import Tensor
 
 from frameloom.bitstream.container import Container, Header, parse
 from frameloom.bitstream.varint import pack_numbers, unpack_numbers
-from frameloom.cards import card
+from frameloom.cards import card, chosen
 from frameloom.errors import InputError
 from frameloom.progress import Progress, silent
 from frameloom.video.clip import Clip, Frame, Info, Source
 from frameloom.video.times import RegularTimes
-
-# The best at equal size in benchmarks/compression.py: a conventional codec, not a learned one.
-AUTO = "av1"
 
 
 class VideoCodec(Protocol):
@@ -85,7 +82,7 @@ def compress(
         raise InputError(f"{path}: there is no folder {path.parent}")
     if size is not None and size < 1:
         raise InputError(f"--size {size}: the size to aim for is 1 byte or more")
-    method = AUTO if method == "auto" else method
+    method = chosen(method, "compress")
     codec = card(method, "compress").load_class()
     given = {key: value for key, value in settings.items() if value is not None}
     known = set(introspection.signature(codec.encode).parameters) - {"clip"}

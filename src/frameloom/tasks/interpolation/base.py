@@ -16,7 +16,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from frameloom.cards import card
+from frameloom.cards import card, chosen
 from frameloom.errors import InputError
 from frameloom.motion.cuts import Change, change
 from frameloom.training.pretrained import load
@@ -25,8 +25,6 @@ from frameloom.video.times import RegularTimes, index_at, parse_rate, show_rate
 
 log = logging.getLogger("frameloom")
 
-# The method that measures best on real footage with what is installed; benchmarks/interpolation.py decides.
-AUTO = "dis"
 NEAR = Fraction(1, 1000)
 DEPTH = 3
 BACKTRACK = 8
@@ -83,7 +81,7 @@ def interpolate(
         fps = f"{slow}x"
     text = str(fps).strip().lower()
     rate = clip.rate * parse_rate(text[:-1]) if text.endswith("x") else parse_rate(fps)
-    name = AUTO if method == "auto" else method
+    name = chosen(method, "interpolate")
     card(name, "interpolate")
     if len(clip) < 2:
         raise InputError(f"{clip.info.name}: one frame is not enough to interpolate; two or more are needed")
