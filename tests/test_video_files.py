@@ -91,6 +91,15 @@ def test_a_written_file_has_the_same_frames_times_and_colour(tmp_path, codec, su
     assert error == 0 if codec == "ffv1" else error < 3
 
 
+@pytest.mark.parametrize(
+    ("codec", "suffix"), [("h264", ".mp4"), ("h265", ".mkv"), ("av1", ".mkv"), ("vp9", ".webm"), ("ffv1", ".mkv")]
+)
+def test_the_same_input_ends_in_the_same_bytes(tmp_path, codec, suffix):
+    clip = read(make(tmp_path / "in.mp4", moving(8, 50, 84)))
+    made = {write(clip, tmp_path / f"o{suffix}", codec=codec).read_bytes() for _ in range(3)}
+    assert len(made) == 1
+
+
 def test_sound_is_copied_packet_for_packet_and_in_step(plain, tmp_path):
     made = write(read(plain), tmp_path / "out.mp4")
     before, after = packets(plain, "audio")[0], packets(made, "audio")[0]

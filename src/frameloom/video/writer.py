@@ -282,7 +282,8 @@ def _name(encoding: Encoding) -> str:
 def _join(segments: list[Path], target: Path, suffix: str, encoding: Encoding, passthrough: Passthrough | None) -> None:
     """Join the segments into the final container, interleaving the packets of sound and subtitles by time."""
     kind = CONTAINERS[suffix.lower()]
-    options = {"movflags": "+faststart"} if kind in ("mp4", "mov") else {}
+    # Matroska would draw random identifiers: the same input must end in the same bytes.
+    options = {"fflags": "+bitexact"} | ({"movflags": "+faststart"} if kind in ("mp4", "mov") else {})
     with ExitStack() as stack:
         output = stack.enter_context(av.open(str(target), "w", format=kind, options=options))
         video = _video_stream(output, encoding, suffix)
