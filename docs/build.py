@@ -6,6 +6,7 @@ python docs/build.py --claims   print the ids of the methods that have a claim
 """
 
 import argparse
+import json
 import re
 import sys
 from pathlib import Path
@@ -107,6 +108,18 @@ def claims_table() -> str:
     return "\n".join(rows)
 
 
+def measured(verb: str) -> str:
+    """What the verb's benchmark printed last, kept in `docs/measured/VERB.json`; nothing where there is none."""
+    path = HERE / "measured" / f"{verb}.json"
+    if not path.is_file():
+        return ""
+    found = json.loads(path.read_text())
+    columns = list(found["rows"][0])
+    rows = [f"| {' | '.join(str(row[name]) for name in columns)} |" for row in found["rows"]]
+    table = "\n".join([f"| {' | '.join(columns)} |", "|" + "---|" * len(columns), *rows])
+    return f"## Measured\n\n{found['note']}\n\n`{found['command']}`, {found['machine']}:\n\n{table}\n\n"
+
+
 def card_section(card: Card) -> str:
     from frameloom.cli.toolbox import card_lines
 
@@ -119,7 +132,7 @@ def verb_page(verb: str) -> str:
     summary, body = VERBS[verb]
     mine = [card for card in cards().values() if card.verb == verb]
     sections = "\n\n".join(card_section(card) for card in mine)
-    return f"# {verb}\n\n{summary}\n\n{body}\n## Methods\n\n{methods_table(mine)}\n\n{sections}\n"
+    return f"# {verb}\n\n{summary}\n\n{body}\n{measured(verb)}## Methods\n\n{methods_table(mine)}\n\n{sections}\n"
 
 
 def verbs_table() -> str:
