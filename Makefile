@@ -23,8 +23,8 @@ format: $(READY)
 	$(BIN)/ruff check -q --fix src tests benchmarks docs
 	$(BIN)/ruff format -q src tests benchmarks docs
 
-claims: $(READY)  ## re-measure every claim and keep the figures for the cards and the docs
-	for id in $$($(BIN)/python docs/build.py --claims); do $(BIN)/frameloom claim $$id --save; done
+claims: $(READY)  ## re-measure every claim (one that does not hold is no failure here) and keep the figures for the cards and the docs
+	for id in $$($(BIN)/python docs/build.py --claims); do $(BIN)/frameloom claim $$id --save || test $$? -eq 1; done
 
 bench: $(READY)  ## side-by-side measurements; CLIPS=DIR adds real footage
 	$(BIN)/python benchmarks/all.py $(CLIPS)

@@ -46,7 +46,7 @@ def load(method: str, weights: str | Path | None = None, *, size: str = "tiny", 
 
     Args:
         method: its id, such as `"vfimamba"`.
-        weights: None for the shipped ones; `"random"` for an untrained model of `size`; a folder with
+        weights: None or `"tiny"` for the shipped ones; `"random"` for an untrained model of `size`; a folder with
             `config.json` and `model.safetensors`; a hub id (`"owner/name"`); or a checkpoint file as the
             authors published it, for methods whose card says so.
 
@@ -60,7 +60,7 @@ def load(method: str, weights: str | Path | None = None, *, size: str = "tiny", 
         return kind()
     if weights == "random":
         return kind(kind.preset(size)).to(device).eval()
-    if weights is None:
+    if weights in (None, "tiny"):
         folder = shipped(method)
         if folder is None:
             raise InputError(f"{method} ships no weights; give --weights, or make some: frameloom train {method}")
