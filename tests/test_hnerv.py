@@ -19,6 +19,7 @@ from frameloom.metrics import psnr
 from frameloom.tasks.compression.base import compress, decompress, describe, inspect
 from frameloom.tasks.compression.fit import LOSSES, fit, learning_rate_factor
 from frameloom.tasks.compression.hnerv import Config, Encoder, HNeRV, Learner, NeRV, solve_width
+from frameloom.training.pretrained import load
 from frameloom.video.clip import Clip, Frame
 
 PAPER = HNeRV.preset("paper")
@@ -438,7 +439,7 @@ def official(tmp_path):
 
 def test_the_authors_file_loads(official):
     path, stored = official()
-    network = HNeRV.from_official(path)
+    network = load("hnerv", path)
     assert parameters(network) == 1_505_172
     third = stored["model"]["decoder.3.conv.upconv.0.weight"]
     assert torch.allclose(network.blocks[2].conv.weight, -0.1 + 0.001 * third["quant"].float())
@@ -476,10 +477,10 @@ def _paper_clip() -> Clip:
 def test_another_checkpoint_is_refused_by_key(official, change, message):
     path, _ = official(change)
     with pytest.raises(InputError, match=message):
-        HNeRV.from_official(path)
+        HNeRV.load_official(path)
 
 
 def test_a_file_that_is_no_checkpoint_is_refused(tmp_path):
     (tmp_path / "quant_vid.pth").write_bytes(b"no checkpoint")
     with pytest.raises(InputError, match=r"quant_vid\.pth: not a checkpoint"):
-        HNeRV.from_official(tmp_path / "quant_vid.pth")
+        HNeRV.load_official(tmp_path / "quant_vid.pth")

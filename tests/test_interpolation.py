@@ -124,6 +124,18 @@ def test_dedupe_spreads_motion_over_repeated_frames():
     assert gap_made < 0.25 * gap_kept
 
 
+def test_other_weights_are_other_work_for_resume(tmp_path):
+    from frameloom.training.pretrained import load, save_pretrained
+
+    clip = ramp(4)
+    made = []
+    for seed in (0, 1, 0):
+        torch.manual_seed(seed)
+        save_pretrained(load("vfimamba", "random"), "vfimamba", tmp_path)
+        made.append(interpolate(clip, 20, "vfimamba", weights=str(tmp_path)).source.fingerprint())
+    assert made[0] == made[2] != made[1]
+
+
 class Halver:
     """Knows the middle only, like most published interpolators; counts its calls."""
 

@@ -1,6 +1,7 @@
 """Weights on disk: `config.json` beside `model.safetensors`, shipped, local or on the Hugging Face hub."""
 
 import dataclasses
+import hashlib
 import json
 import os
 import shutil
@@ -71,6 +72,17 @@ def load(method: str, weights: str | Path | None = None, *, size: str = "tiny", 
     else:
         folder = _folder(str(weights))
     return _from_folder(kind, method, folder).to(device).eval()
+
+
+def digest(method: Any) -> str:
+    """A short name of a method's weights, equal when they are; empty for a method that has none."""
+    if not isinstance(method, nn.Module):
+        return ""
+    total = hashlib.sha256()
+    for name, value in method.state_dict().items():
+        total.update(name.encode())
+        total.update(value.detach().cpu().contiguous().numpy().tobytes())
+    return total.hexdigest()[:16]
 
 
 def _folder(weights: str) -> Path:

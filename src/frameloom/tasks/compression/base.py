@@ -22,6 +22,7 @@ from frameloom.bitstream.container import Container, Header, parse
 from frameloom.bitstream.varint import pack_numbers, unpack_numbers
 from frameloom.cards import card, chosen
 from frameloom.errors import InputError
+from frameloom.metrics.rate import bits_per_pixel
 from frameloom.progress import Progress, silent
 from frameloom.video.clip import Clip, Frame, Info, Source
 from frameloom.video.times import RegularTimes
@@ -93,7 +94,8 @@ def compress(
     data = codec.encode(clip, size=size, seed=seed, device=device, progress=progress, **given)
     _write_whole(path, data)
     header = parse(data).header
-    return Report(path, method, len(data), bits_per_pixel(data, header), time.perf_counter() - started)
+    rate = bits_per_pixel(len(data), header.frames, header.height, header.width)
+    return Report(path, method, len(data), rate, time.perf_counter() - started)
 
 
 def decompress(source: str | Path | bytes, frames: Sequence[int] | None = None) -> Clip:
@@ -141,10 +143,6 @@ def parse_frames(text: str, count: int, flag: str = "--frames") -> list[int]:
     return chosen
 
 
-def bits_per_pixel(data: bytes, header: Header) -> float:
-    return 8 * len(data) / (header.frames * header.height * header.width)
-
-
 class CompressedSource(Source):
     """Frames of a compressed file, all of them or those in `chosen`."""
 
@@ -189,7 +187,7 @@ class SectionedCodec:
     def inspect(cls, data: bytes) -> dict[str, Any]:
         container = parse(data)
         header = container.header
-        pixels = header.frames * header.height * header.width
+        shape = header.frames, header.height, header.width
         sizes = {name: len(payload) for name, payload in container.sections.items()}
         sizes = {"header": len(data) - sum(sizes.values())} | sizes
         return {
@@ -200,8 +198,8 @@ class SectionedCodec:
             "rate": str(header.rate),
             "config": header.config,
             "bytes": len(data),
-            "bits_per_pixel": bits_per_pixel(data, header),
-            "sections": {name: {"bytes": size, "bits_per_pixel": 8 * size / pixels} for name, size in sizes.items()},
+            "bits_per_pixel": bits_per_pixel(len(data), *shape),
+            "sections": {name: {"bytes": n, "bits_per_pixel": bits_per_pixel(n, *shape)} for name, n in sizes.items()},
         }
 
     @staticmethod

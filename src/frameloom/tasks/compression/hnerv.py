@@ -397,7 +397,7 @@ class HNeRV(SectionedCodec, nn.Module):
             yield picture.clone()
 
     @classmethod
-    def from_official(cls, path: str | Path) -> "HNeRV":
+    def load_official(cls, path: str | Path) -> "HNeRV":
         """The network in a `quant_vid.pth` of the authors: 132 frames of 640x1280, 1.5 million parameters.
 
         Raises InputError that names the first key or shape that is not as published.

@@ -19,7 +19,7 @@ from torch import Tensor
 from frameloom.cards import card, chosen
 from frameloom.errors import InputError
 from frameloom.motion.cuts import Change, change
-from frameloom.training.pretrained import load
+from frameloom.training.pretrained import digest, load
 from frameloom.video.clip import Clip, Frame, Source
 from frameloom.video.times import RegularTimes, index_at, parse_rate, show_rate
 
@@ -88,7 +88,7 @@ def interpolate(
     if rate == clip.rate and clip.info.regular and not dedupe:
         return clip
     made = load(name, weights, device=device)
-    label = f"interpolate {rate} {name} {weights} tile={tile} dedupe={dedupe}"
+    label = f"interpolate {rate} {name} {digest(made)} {device} {tile=} {dedupe=} {strict=}"
     if hasattr(made, "resample"):
         smooth = Clip(made.resample(clip.source, rate))
     else:
