@@ -19,7 +19,7 @@ class WorldDataset(Dataset):
     """Rendered clips with labels. Item i depends on (seed, i) alone; its tensors have no batch dimension.
 
     Args:
-        kind, frames, fps, device: as for `World`.
+        kind, frames, fps, device, count: as for `World`.
         height, width, outputs, supersample, blur, noise, views, arc: as for `World.render`.
         seed: of the whole set; different seeds share no scene.
         length: number of items.
@@ -41,11 +41,12 @@ class WorldDataset(Dataset):
         fps: float | int = 8,
         motion: float | int | None = None,
         device: str | torch.device = "cpu",
+        count: int | None = None,
         **render: Any,
     ) -> None:
         self.kind, self.frames, self.height, self.width = kind, frames, height, width
         self.seed, self.length, self.outputs, self.fps = seed, length, tuple(outputs), fps
-        self.motion, self.device, self.render = motion, device, render
+        self.motion, self.device, self.count, self.render = motion, device, count, render
 
     def __len__(self) -> int:
         return self.length
@@ -56,7 +57,8 @@ class WorldDataset(Dataset):
             if not 0 <= i < self.length:
                 raise IndexError(f"item {i} of a data set of {self.length}")
         seeds = [int(np.random.SeedSequence([self.seed, i]).generate_state(1, np.uint64)[0]) for i in indices]
-        return World(self.kind, seeds, self.frames, self.fps, self.motion, min(self.height, self.width), self.device)
+        size = min(self.height, self.width)
+        return World(self.kind, seeds, self.frames, self.fps, self.motion, size, self.device, count=self.count)
 
     def batch(self, indices: Sequence[int]) -> dict[str, Tensor]:
         """Several items stacked, each output with a leading dimension b."""

@@ -184,6 +184,66 @@ def _shape(rng: np.random.Generator, index: int, body: Body) -> Part:
     return Part(CAPSULE, index, moving(turn * thick, centre), painted(rng, str(body.colour), radius), half=1.0)
 
 
+TOY_SIZES = {"small": 0.66, "large": 1.0}
+STUDIOS = (
+    (((0.96, 0.90, 0.82), (0.55, 0.72, 0.88)), (0.62, 0.58, 0.52)),
+    (((0.86, 0.84, 0.92), (0.42, 0.46, 0.62)), (0.44, 0.47, 0.44)),
+)
+
+
+def toys(rng: np.random.Generator, duration: float, fps: float, motion: float, count: int | None = None) -> Scene:
+    """One plain shape that moves at an even pace all the time, or a second one that stands still beside it.
+
+    Large in the picture and seen squarely, so that 32 pixels are enough to tell a ball from a box: what the small
+    generators learn to draw from words. `count` is 1 or 2 (either, when None).
+    """
+    eye, target, focal = np.array([0.0, 1.9, 7.4]), np.array([0.0, 1.15, 0.0]), 1.25
+    camera = fixed_camera(eye, target)
+    number = int(rng.integers(1, 3)) if count is None else count
+    sky, soil = STUDIOS[rng.integers(len(STUDIOS))]
+    while True:
+        colours = rng.choice(list(COLOURS), number, replace=False)
+        lanes = rng.permutation([-1.3, 1.3])[:number] if number > 1 else [0.0]
+        bodies = [Body("background")]
+        bodies += [_toy(rng, str(colours[i]), float(lanes[i]), duration, moves=i == 0) for i in range(number)]
+        if _clear(bodies[1:], camera, focal, duration):
+            break
+    parts = [
+        Part(SPHERE, 0, fixed(np.eye(3) * 60.0, np.zeros(3)), Surface(SKY, sky, 1 / 60.0, light=0.0)),
+        Part(PLANE, 0, fixed(LEVEL * 58.0, np.zeros(3)), Surface(PLAIN, (soil, soil), light=0.0)),
+    ]
+    for index, body in enumerate(bodies[1:], 1):
+        radius, plain = body.radius, painted(rng, str(body.colour), body.radius, PLAIN)
+        form = {
+            "ball": (SPHERE, np.eye(3) * radius, 0.0),
+            "box": (BOX, np.eye(3) * 0.9 * radius, 0.0),
+            "capsule": (CAPSULE, np.eye(3) * 0.5 * radius, 1.0),
+        }
+        shape, linear, half = form[body.word]
+        parts.append(Part(shape, index, moving(linear, body.centre), plain, half=half))
+    return Scene("toys", parts, bodies, camera, focal, duration, pivot=target)
+
+
+def _toy(rng: np.random.Generator, colour: str, lane: float, duration: float, moves: bool) -> Body:
+    word = str(rng.choice(("ball", "box", "capsule")))
+    size = str(rng.choice(tuple(TOY_SIZES)))
+    radius = TOY_SIZES[size]
+    reach = rng.uniform(1.5, 2.6)
+    begin = np.array([rng.uniform(-1.5, 1.5), radius, lane])
+    if not moves:
+        return Body(word, colour, size, lambda times, at=begin: np.repeat(at[None], len(times), 0), radius)
+    way = str(rng.choice(("left", "right", "up", "down")))
+    if way in ("left", "right"):
+        sign = 1 if way == "right" else -1
+        begin[0] = sign * (rng.uniform(-0.5, 0.5) - reach / 2)
+        end = begin + np.array([sign * reach, 0, 0])
+    else:
+        top = begin + np.array([0, 0.5 * reach, 0])
+        begin, end = (begin, top) if way == "up" else (top, begin)
+    return Body(word, colour, size, lambda times: begin + (end - begin) * (times / duration)[:, None], radius,
+                way, 0.0, duration, False)  # fmt: skip
+
+
 def flyover(rng: np.random.Generator, duration: float, fps: float, motion: float) -> Scene:
     """A camera that flies round a landscape of photographs, boxes and balls; nothing else moves.
 

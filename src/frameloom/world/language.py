@@ -12,6 +12,8 @@ from frameloom.world.sound import RATE, envelope
 NUMBERS = (
     "zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten", "eleven", "twelve",
 )  # fmt: skip
+# Kinds whose scenes are named shapes with motions.
+SHAPES = ("objects", "toys")
 _WAYS = {
     "left": "left",
     "right": "right",
@@ -84,7 +86,7 @@ def passes(scene: Scene, fps: float) -> list[Pass]:
 def caption(scene: Scene, fps: float) -> str:
     """One sentence about the whole clip."""
     bodies = scene.bodies
-    if scene.kind == "objects":
+    if scene.kind in SHAPES:
         return _objects(scene, fps)
     if scene.kind == "bounce":
         ball = bodies[1]
@@ -139,7 +141,7 @@ def events(scene: Scene, frames: int, fps: float) -> list[Event]:
         return Event(text, first, last + 1)
 
     found = []
-    for body in scene.bodies[1:] if scene.kind == "objects" else ():
+    for body in scene.bodies[1:] if scene.kind in SHAPES else ():
         if body.moves is None:
             continue
         found.append(event(f"the {body.name} {_clause(body)}", body.start, body.stop))
@@ -148,7 +150,7 @@ def events(scene: Scene, frames: int, fps: float) -> list[Event]:
                 found.append(event(f"the {body.name} starts to move", body.start))
             if body.stop < scene.duration:
                 found.append(event(f"the {body.name} stops", body.stop))
-    if scene.kind == "objects":
+    if scene.kind in SHAPES:
         for crossing in passes(scene, fps):
             mover, other = scene.bodies[crossing.mover], scene.bodies[crossing.other]
             text = f"the {mover.name} passes {crossing.where} the {other.name}"
@@ -182,7 +184,7 @@ def bursts(scene: Scene) -> list[tuple[float, float, bool]]:
 def questions(scene: Scene, fps: float) -> list[Question]:
     """Questions with one true answer each."""
     bodies = scene.bodies[1:]
-    if scene.kind == "objects":
+    if scene.kind in SHAPES:
         return _about_objects(scene, bodies, fps)
     if scene.kind == "bounce":
         ball = bodies[0]

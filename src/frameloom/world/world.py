@@ -23,9 +23,10 @@ KINDS = {
     "bounce": kinds.bounce,
     "figure": people.figure,
     "talk": people.talk,
+    "toys": kinds.toys,
 }
 # Masks a scene of each kind has, the background first; fixed, so that items of a data set stack.
-BODIES = {"objects": 4, "flyover": 15, "motion": 7, "bounce": 3, "figure": 2, "talk": 3}
+BODIES = {"objects": 4, "flyover": 15, "motion": 7, "bounce": 3, "figure": 2, "talk": 3, "toys": 3}
 # Pixels a frame in a picture whose shorter side is 64.
 MOTION = {"flyover": 1.0, "motion": 4.0}
 # Pixels traced at once: what keeps intermediates in the cache of a processor, and a GPU busy.
@@ -40,10 +41,12 @@ class World:
     Args:
         kind: `"objects"` (one to three coloured shapes that move), `"flyover"` (a camera over photographs),
             `"motion"` (textured shapes and photographs in any motion), `"bounce"` (a ball and its impacts),
-            `"figure"` (a person of capsules with joints), `"talk"` (a head whose mouth follows a voice).
+            `"figure"` (a person of capsules with joints), `"talk"` (a head whose mouth follows a voice),
+            `"toys"` (one plain shape that moves, or two, for pictures of 32 pixels).
         motion: for `"flyover"` the typical flow, for `"motion"` the highest speed of a body, in pixels a
         frame of a
             picture whose shorter side is `size`. The other kinds have their own pace.
+        count: for `"toys"`, how many shapes; None takes one or two.
         voice: for `"talk"`, one waveform at 16 kHz a scene; None makes voices up.
 
     Raises:
@@ -60,6 +63,7 @@ class World:
         size: int = 64,
         device: str | torch.device = "cpu",
         voice: Sequence[np.ndarray] | None = None,
+        count: int | None = None,
     ) -> None:
         if kind not in KINDS:
             raise InputError(f"kind of world {kind!r} is unknown; choose one of {', '.join(KINDS)}")
@@ -67,6 +71,8 @@ class World:
             raise InputError(f"a world needs 1 frame or more, a rate above 0 and a seed, not {frames} at {fps} fps")
         if voice is not None and (kind != "talk" or len(voice) != len(seeds)):
             raise InputError(f"voices belong to kind 'talk', one a seed; got {len(voice)} for kind {kind!r}")
+        if count is not None and (kind != "toys" or count not in (1, 2)):
+            raise InputError(f"a count of 1 or 2 belongs to kind 'toys'; got {count} for kind {kind!r}")
         self.kind, self.seeds, self.frames, self.fps = kind, list(seeds), frames, float(fps)
         self.device = torch.device(device)
         pace = (motion if motion is not None else MOTION.get(kind, 0.0) * size / 64) / size
@@ -74,6 +80,8 @@ class World:
         for b, seed in enumerate(self.seeds):
             rng = np.random.default_rng([seed, list(KINDS).index(kind)])
             extra = {} if voice is None else {"voice": np.asarray(voice[b], dtype=float)}
+            if count is not None:
+                extra["count"] = count
             self.scenes.append(KINDS[kind](rng, frames / self.fps, self.fps, pace, **extra))
         self.parts = gather(self.scenes)
 

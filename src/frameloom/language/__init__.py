@@ -1,0 +1,1 @@
+"""Words in: closed vocabularies and text encoders."""

@@ -1,0 +1,268 @@
+"""STIV: one transformer that makes video from text, from a first picture and text, or from any frames that are given.
+
+For whom has a sentence, a picture, or a few frames, and wants the rest. A flow-matching diffusion transformer with
+factorised attention: spatial within a frame, temporal across frames, then to the text. Whatever frames are known are
+put in place of their noisy selves before the blocks (frame replacement), and only the others are learned:
+
+    x_t = (1 - t) x0 + t eps,   u = eps - x0,   loss = mean over frames not given of (u_theta - u)^2
+
+The paper counts time from noise to data; here, as everywhere in the toolkit, 0 is the data. Guidance takes text and
+picture away together (see `frameloom.diffusion.guide.Joint`). The tiny size predicts the data instead of the velocity
+and weights its error by 1 / max(t, 0.3)^2, which is the same loss but for the smallest t.
+
+Z. Lin, W. Liu, C. Chen, J. Lu, W. Hu, T.-J. Fu, J. Allardice, Z. Lai, L. Song, B. Zhang, C. Chen, Y. Fei, Y. Jiang,
+L. Li, Y. Sun, K.-W. Chang, Y. Yang, "STIV: Scalable Text and Image Conditioned Video Generation", ICCV 2025,
+arXiv 2412.07730.
+"""
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from einops import rearrange, repeat
+from jaxtyping import Bool, Float, Int
+from torch import Tensor, nn
+
+from frameloom.diffusion.objective import LogitNormal, masked_mean
+from frameloom.diffusion.paths import Flow, spread
+from frameloom.language.words import WordEncoder, Words
+from frameloom.layers.attention import Attention, rotary, sinusoid
+from frameloom.layers.patches import PatchPCA
+from frameloom.training.recipe import Recipe
+from frameloom.world import VOCABULARY
+
+WORDS = Words(VOCABULARY)
+
+
+@dataclass(frozen=True)
+class Config:
+    """Sizes of a STIV model.
+
+    `channels` and `patch` are those of the latents; `codec` the patch size of the frozen pixel codec (0: latents
+    come from outside). `words` is the size of the vocabulary of a text encoder that is learned along (0: text vectors
+    `text_width` wide come from outside). `restore` blocks at the end see all tokens after `mask_ratio` of the spatial
+    tokens were left out of the blocks before, in training. `micro` numbers describe a clip: height, width, crop top,
+    crop left, frames between two frames (stride), frames.
+    """
+
+    width: int
+    depth: int
+    heads: int
+    channels: int
+    patch: int = 1
+    frames: int = 16
+    side: int = 4
+    text_width: int = 160
+    words: int = 0
+    codec: int = 0
+    prediction: str = "velocity"
+    mask_ratio: float = 0.0
+    restore: int = 2
+    micro: int = 6
+    drop_text: float = 0.1
+    drop_image: float = 0.08
+
+
+TINY = Config(width=192, depth=6, heads=6, channels=64, frames=16, side=4, text_width=128, words=len(WORDS), codec=8,
+              prediction="data")  # fmt: skip
+# The 8.7 billion of the paper: 46 blocks, 3072 wide, on the latents of a separate autoencoder.
+PAPER = Config(width=3072, depth=46, heads=48, channels=8, patch=2, frames=20, side=64, text_width=1280,
+               mask_ratio=0.5)  # fmt: skip
+
+
+def _norm(x: Tensor) -> Tensor:
+    """Layer normalisation without learned gain or offset."""
+    return F.layer_norm(x, x.shape[-1:])
+
+
+class Block(nn.Module):
+    """Sandwich-normed spatial attention, temporal attention, attention to the text, and a feed-forward network.
+
+    x + gate * norm(f(scale * norm(x) + shift)): the spatial attention and the feed-forward network take scale, shift
+    and gate from the one modulation of the whole model plus an offset of the block's own.
+    """
+
+    def __init__(self, width: int, heads: int) -> None:
+        super().__init__()
+        self.spatial, self.temporal = Attention(width, heads), Attention(width, heads)
+        self.text = Attention(width, heads)
+        self.forward1, self.forward2 = nn.Linear(width, 4 * width), nn.Linear(4 * width, width)
+        self.offset = nn.Parameter(torch.randn(6, width) / width**0.5)
+
+    def forward(
+        self,
+        x: Float[Tensor, "b t s d"],
+        modulation: Float[Tensor, "b 6 d"],
+        text: Float[Tensor, "b n d"],
+        known: Bool[Tensor, "b n"] | None,
+        space: tuple[Tensor, Tensor],
+        time: tuple[Tensor, Tensor],
+    ) -> Float[Tensor, "b t s d"]:
+        b, t, s, _ = x.shape
+        shift1, scale1, gate1, shift2, scale2, gate2 = (modulation + self.offset)[:, :, None, None].unbind(1)
+        y = rearrange(_norm(x) * (1 + scale1) + shift1, "b t s d -> (b t) s d")
+        x = x + gate1 * _norm(rearrange(self.spatial(y, positions=space), "(b t) s d -> b t s d", t=t))
+        y = rearrange(_norm(x), "b t s d -> (b s) t d")
+        x = x + _norm(rearrange(self.temporal(y, positions=time), "(b s) t d -> b t s d", s=s))
+        y = rearrange(_norm(x), "b t s d -> b (t s) d")
+        mask = None if known is None else known[:, None, None]
+        x = x + _norm(self.text(y, text, mask=mask)).view_as(x)
+        y = _norm(x) * (1 + scale2) + shift2
+        return x + gate2 * _norm(self.forward2(F.gelu(self.forward1(y), approximate="tanh")))
+
+
+class Singleton(nn.Module):
+    """Time, the sentence as a whole and the micro-conditions: each embedded, normalised and summed."""
+
+    def __init__(self, width: int, text_width: int, micro: int) -> None:
+        super().__init__()
+
+        def mlp(inputs: int) -> nn.Sequential:
+            return nn.Sequential(nn.Linear(inputs, width), nn.SiLU(), nn.Linear(width, width))
+
+        self.time, self.sentence = mlp(256), mlp(text_width)
+        self.micro = nn.ModuleList(mlp(256) for _ in range(micro))
+
+    def forward(self, t: Tensor, sentence: Tensor, micro: Tensor) -> Float[Tensor, "b d"]:
+        parts = [self.time(sinusoid(1000 * t, 256)), self.sentence(sentence)]
+        parts += [mlp(sinusoid(value, 256)) for mlp, value in zip(self.micro, micro.unbind(1), strict=True)]
+        return sum(_norm(part) for part in parts)
+
+
+class STIV(nn.Module):
+    """Text, picture or frames to video, through latents `(b, t, c, h, w)`."""
+
+    path = Flow()
+
+    def __init__(self, config: Config) -> None:
+        super().__init__()
+        self.config = config
+        width = config.width
+        if config.codec:
+            self.codec = PatchPCA(config.codec, config.channels)
+        if config.words:
+            self.encoder = WordEncoder(config.words, config.text_width)
+        self.singleton = Singleton(width, config.text_width, config.micro)
+        self.modulation = nn.Sequential(nn.SiLU(), nn.Linear(width, 6 * width))
+        self.text_in = nn.Linear(config.text_width, width)
+        self.patch_in = nn.Linear(config.channels * config.patch**2, width)
+        self.mask_token = nn.Parameter(torch.zeros(width))
+        self.blocks = nn.ModuleList(Block(width, config.heads) for _ in range(config.depth))
+        self.final = nn.Linear(width, 2 * width)
+        self.patch_out = nn.Linear(width, config.channels * config.patch**2)
+        for layer in (self.final, self.patch_out, self.modulation[1]):
+            nn.init.zeros_(layer.weight)
+            nn.init.zeros_(layer.bias)
+
+    def forward(
+        self,
+        x: Float[Tensor, "b t c h w"],
+        t: Float[Tensor, "b"],
+        text: Float[Tensor, "b n e"],
+        known: Bool[Tensor, "b n"],
+        stride: Float[Tensor, "b"] | None = None,
+        keep: Int[Tensor, "b t k"] | None = None,
+    ) -> Float[Tensor, "b t c h w"]:
+        """The network's raw output (see `Config.prediction`) for noisy latents.
+
+        Args:
+            t: times in [0, 1], 1 is noise.
+            text, known: a vector for every word, and which of them are words; the last one stands for the sentence.
+            stride: frames of the world between two frames of the clip, 1 when None.
+            keep: numbers of the spatial tokens that the main blocks see, for training on a part of them.
+        """
+        c = self.config
+        b, frames, _, height, width = x.shape
+        rows, columns = height // c.patch, width // c.patch
+        tokens = self.patch_in(rearrange(x, "b t c (h p) (w q) -> b t (h w) (c p q)", p=c.patch, q=c.patch))
+        micro = torch.tensor([height, width, 0, 0, 1, frames], dtype=torch.float32, device=x.device)
+        micro = micro[: c.micro].repeat(b, 1)
+        if stride is not None:
+            micro[:, 4] = stride
+        last = known.long().cumsum(1).argmax(1)
+        sentence = text[torch.arange(b, device=x.device), last]
+        whole = self.singleton(t, sentence, micro).to(tokens.dtype)
+        modulation = rearrange(self.modulation(whole), "b (k d) -> b k d", k=6)
+        text = self.text_in(text)
+        space, time = self._positions(rows, columns, frames, x.device)
+        seen = tokens
+        if keep is not None:
+            index = keep[..., None].expand(-1, -1, -1, tokens.shape[-1])
+            seen = tokens.gather(2, index)
+        for number, block in enumerate(self.blocks):
+            if keep is not None and number == c.depth - c.restore:
+                seen = self.mask_token.to(seen.dtype).expand_as(tokens).scatter(2, index, seen)
+            # All frames of a clip keep the same places, so that time still runs through each of them.
+            here = space if seen.shape[2] == tokens.shape[2] else tuple(part[keep[0, 0]] for part in space)
+            seen = block(seen, modulation, text, known, here, time)
+        shift, scale = self.final(F.silu(whole))[:, None, None].chunk(2, -1)
+        out = self.patch_out(_norm(seen) * (1 + scale) + shift)
+        return rearrange(out, "b t (h w) (c p q) -> b t c (h p) (w q)", h=rows, p=c.patch, q=c.patch)
+
+    def _positions(self, rows: int, columns: int, frames: int, device) -> tuple:
+        """Rotary tables of space and time; beyond the trained size positions are drawn together, not continued."""
+        c = self.config
+        head = c.width // c.heads
+        shrink = [min(1.0, limit / size) for limit, size in
+                  ((c.side / c.patch, rows), (c.side / c.patch, columns), (c.frames, frames))]  # fmt: skip
+        axes = [torch.arange(size, device=device) * factor for size, factor in
+                zip((rows, columns, frames), shrink, strict=True)]  # fmt: skip
+        grid = torch.cartesian_prod(axes[0], axes[1])
+        return rotary(grid, head), rotary(axes[2][:, None], head)
+
+    # --- training --------------------------------------------------------------------------------------------------
+
+    @classmethod
+    def preset(cls, size: str) -> Config:
+        return {"tiny": TINY, "paper": PAPER}[size]
+
+    @classmethod
+    def recipe(cls, size: str) -> Recipe:
+        if size == "paper":  # the paper's: AdaFactor's place is taken by AdamW
+            return Recipe(steps=400_000, batch_size=1024, lr=2e-4, final_lr=2e-4, warmup=1000, ema=0.9999, bf16=True)
+        return Recipe(steps=24_000, batch_size=16, lr=2e-3, muon=0.02, warmup=200, hold=0.4, ema=0.998, bf16=True,
+                      weight_decay=0.0, compile=True)  # fmt: skip
+
+    @classmethod
+    def dataset(cls, source: str, size: str, seed: int):
+        from frameloom.tasks.generation.data import captioned
+
+        return captioned(source, cls.preset(size), seed, WORDS)
+
+    def prepare(self, batches) -> None:
+        """Fit the pixel codec to the data, before the first step."""
+        if self.config.codec:
+            self.codec.fit(batches.sample())
+
+    def loss(self, batch: dict[str, Tensor]) -> Tensor:
+        """Flow matching on the frames that are not given.
+
+        `batch` holds `video` `(b, t, 3, h, w)` (or `latents`), `ids` (or `text` and `known`), and `given` `(b, t)`,
+        the frames that stand clean in the input.
+        """
+        c = self.config
+        x0 = self.codec.encode(batch["video"]) if c.codec else batch["latents"]
+        given = batch["given"] & (torch.rand(len(x0), 1, device=x0.device) >= c.drop_image)
+        if c.words:
+            dropped = torch.rand(len(x0), 1, device=x0.device) < c.drop_text
+            text, known = self.encoder(torch.where(dropped, WORDS.encode([""]).to(x0.device), batch["ids"]))
+        else:
+            text, known = batch["text"], batch["known"]
+        t = LogitNormal(0.6, 1.1)(len(x0), x0.device)
+        eps = torch.randn_like(x0)
+        x = torch.where(spread(given, x0).bool(), x0, self.path.add_noise(x0, t, eps))
+        out = self(x, t, text, known, batch.get("stride"), self._keep(x0)).float()
+        if c.prediction == "data":
+            error = (out - x0).square() / spread(t.clamp(min=0.3) ** 2, x0)
+        else:
+            error = (out - (eps - x0)).square()
+        return masked_mean(error, ~given)
+
+    def _keep(self, x: Tensor) -> Tensor | None:
+        """Random spatial tokens for the main blocks, the same in every frame; None when all are kept."""
+        c = self.config
+        if not c.mask_ratio or not self.training:
+            return None
+        count = x.shape[-1] * x.shape[-2] // c.patch**2
+        chosen = torch.randperm(count, device=x.device)[: round(count * (1 - c.mask_ratio))].sort().values
+        return repeat(chosen, "k -> b t k", b=x.shape[0], t=x.shape[1])
