@@ -34,7 +34,9 @@ class Card:
     `kind` is `"method"` for a published method and `"baseline"` for the classical or naive answer that a task
     keeps under the same protocol. `auto` marks the one that `--method auto` takes: what measures best, on real footage,
     of all that is installed. `entry` is `"module:Class"` of the method file. `paper_parameters` is the
-    published size that the `paper` preset must reproduce, to `paper_tolerance` of itself.
+    published size that the `paper` preset must reproduce, to `paper_tolerance` of itself. `also` are further verbs that
+    it serves. A model that strategies sample from has `makes_video`; `base` is then the name of its shipped weights, and
+    for a strategy the name of the model that it takes when none is given.
     """
 
     id: str
@@ -52,6 +54,9 @@ class Card:
     paper_parameters: int | None = None
     paper_tolerance: float = 0.02
     streams: bool = True
+    also: tuple[str, ...] = ()
+    base: str = ""
+    makes_video: bool = False
     claim: str = ""
     limits: str = ""
     published_weights: str = ""
@@ -117,7 +122,7 @@ def card(method: str, verb: str | None = None) -> Card:
 
     Raises InputError that suggests the nearest name.
     """
-    known = {key: value for key, value in cards().items() if verb is None or value.verb == verb}
+    known = {key: value for key, value in cards().items() if verb is None or verb in (value.verb, *value.also)}
     if method in known:
         return known[method]
     if verb and method in cards():

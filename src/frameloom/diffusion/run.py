@@ -35,8 +35,8 @@ class HoldGiven(Edit):
         self.clean, self.given, self.noise = clean, given, noise
 
     def after_step(self, x: Tensor, s: Tensor, ctx: Ctx) -> Tensor:
+        # At the end a = 1 and c = 0 exactly: what comes out is the frame that went in.
         kept = ctx.path.add_noise(self.clean, s, self.noise)
-        kept = torch.where((s == 0).reshape(-1, *[1] * (x.ndim - 1)), self.clean, kept) if s.ndim == 1 else kept
         return torch.where(self.given[..., None, None, None], kept.to(x.dtype), x)
 
 

@@ -10,7 +10,7 @@ r = 1 is consistency sampling.
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import ClassVar, Protocol
+from typing import ClassVar, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -21,6 +21,7 @@ from frameloom.diffusion.predict import Prediction, target
 from frameloom.errors import InputError
 
 
+@runtime_checkable
 class Step(Protocol):
     def __call__(self, x: Tensor, p: Prediction, t: Tensor, s: Tensor, ctx: Ctx) -> Tensor: ...
 
@@ -73,14 +74,13 @@ class Heun:
         path = ctx.path
         if bool((path.coef(s)[2] == 0).all()):
             return universal(path, x, p, t, s)
-        # In the variables x / a and c / a the flow is a straight d(x/a) = eps d(c/a).
         a_t, _, c_t = (spread(value, x) for value in path.coef(t))
         a_s, _, c_s = (spread(value, x) for value in path.coef(s))
-        if bool((a_t == 0).any()):  # pure noise has no such variables: the first step is of first order
-            return universal(path, x, p, t, s)
-        span = c_s / a_s - c_t / a_t
-        there = ctx.evaluate(a_s * (x / a_t + span * p.eps), s)
-        return a_s * (x / a_t + span * (p.eps + there.eps) / 2)
+        there = ctx.evaluate(universal(path, x, p, t, s), s)
+        if bool((a_t == 0).any()):  # from pure noise: d(x/c) = x0 d(a/c)
+            return c_s * (x / c_t + (a_s / c_s - a_t / c_t) * (p.x0 + there.x0) / 2)
+        # d(x/a) = eps d(c/a), which on EDM's path is its own rule.
+        return a_s * (x / a_t + (c_s / a_s - c_t / a_t) * (p.eps + there.eps) / 2)
 
 
 @dataclass(frozen=True)

@@ -33,7 +33,10 @@ class Batches(Protocol):
 
 @runtime_checkable
 class Trainable(Protocol):
-    """What a method's class offers to be trained."""
+    """What a method's class offers to be trained.
+
+    It may also have `prepare(batches)`, which takes statistics from the data before the first step.
+    """
 
     config: Any
 
@@ -113,22 +116,23 @@ def train(
     accelerator = Accelerator(mixed_precision=half, cpu=device == "cpu")
     torch.manual_seed(seed)
     model: nn.Module = kind(kind.preset(size))
+    dataset = kind.dataset(data, size, seed)
+    if hasattr(model, "prepare") and not (out / "state.safetensors").is_file():
+        model.prepare(dataset)
     model.train()
     if recipe.channels_last:
         model.to(memory_format=torch.channels_last)
-    optimiser = torch.optim.AdamW(
-        model.parameters(), lr=recipe.lr, betas=recipe.betas, weight_decay=recipe.weight_decay
-    )
+    optimisers = _optimisers(model, recipe)
     average = copy.deepcopy(model).eval() if recipe.ema else None
-    start = _restore(out, model, average, optimiser)
+    start = _restore(out, model, average, optimisers)
     if start >= recipe.steps:
         progress("trained", recipe.steps, recipe.steps)
         return out
     _forget_after(out / "metrics.jsonl", start)
-    model, optimiser = accelerator.prepare(model, optimiser)
+    model, *optimisers = accelerator.prepare(model, *optimisers)
     if average is not None:
         average.to(accelerator.device)
-    batches = DataLoader(_Steps(kind.dataset(data, size, seed), recipe), batch_size=None,
+    batches = DataLoader(_Steps(dataset, recipe), batch_size=None,
                          sampler=range(start, recipe.steps), num_workers=workers,
                          prefetch_factor=4 if workers else None, persistent_workers=workers > 0)  # fmt: skip
     board = SummaryWriter(str(out / "events"), purge_step=start)
@@ -139,8 +143,9 @@ def train(
             for step, batch in enumerate(batches, start):
                 torch.manual_seed(seed * 1_000_003 + step)
                 rate = recipe.lr_at(step)
-                for group in optimiser.param_groups:
-                    group["lr"] = rate
+                for optimiser in optimisers:
+                    for group in optimiser.param_groups:
+                        group["lr"] = rate * group["share"]
                 batch = {name: value.to(accelerator.device) for name, value in batch.items()}
                 with accelerator.autocast():
                     loss = accelerator.unwrap_model(model).loss(batch)
@@ -148,8 +153,9 @@ def train(
                     raise InputError(f"{out}: the loss is {loss.item()} at step {step}; try a lower learning rate")
                 accelerator.backward(loss)
                 norm = accelerator.clip_grad_norm_(model.parameters(), recipe.clip_norm)
-                optimiser.step()
-                optimiser.zero_grad(set_to_none=True)
+                for optimiser in optimisers:
+                    optimiser.step()
+                    optimiser.zero_grad(set_to_none=True)
                 if average is not None:
                     _blend(average, accelerator.unwrap_model(model), recipe.ema, step)
                 if step % 50 == 0 or step + 1 == recipe.steps:
@@ -160,7 +166,7 @@ def train(
                     board.add_scalar("loss", row["loss"], step)
                     board.add_scalar("lr", rate, step)
                 if time.monotonic() - saved > save_every:
-                    _save(out, accelerator.unwrap_model(model), average, optimiser, step + 1)
+                    _save(out, accelerator.unwrap_model(model), average, optimisers, step + 1)
                     saved = time.monotonic()
                 progress("training", step + 1, recipe.steps)
     except KeyboardInterrupt:
@@ -169,7 +175,7 @@ def train(
     finally:
         board.close()
     final = accelerator.unwrap_model(model)
-    _save(out, final, average, optimiser, recipe.steps)
+    _save(out, final, average, optimisers, recipe.steps)
     save_pretrained(average if average is not None else final, method, out)
     (out / "README.md").write_text(_readme(run, time.monotonic() - begun, final))
     return out
@@ -188,18 +194,40 @@ def _claim_folder(out: Path, run: dict) -> None:
         note.write_text(text)
 
 
-def _save(out: Path, model: nn.Module, average: nn.Module | None, optimiser, step: int) -> None:
+def _optimisers(model: nn.Module, recipe: Recipe) -> list[torch.optim.Optimizer]:
+    """AdamW for everything; with `recipe.muon`, Muon for the matrices of `model.blocks` in its place.
+
+    `share` of a group is its rate over the recipe's. Muon: K. Jordan et al., kellerjordan.github.io/posts/muon, 2024.
+    """
+    matrices = []
+    if recipe.muon:
+        layers = [layer for layer in model.blocks.modules() if isinstance(layer, nn.Linear)]
+        matrices = [layer.weight for layer in layers if layer.weight.requires_grad]
+    taken = {id(matrix) for matrix in matrices}
+    rest = [value for value in model.parameters() if value.requires_grad and id(value) not in taken]
+    made: list[torch.optim.Optimizer] = [
+        torch.optim.AdamW([{"params": rest, "share": 1.0}], lr=recipe.lr, betas=recipe.betas,
+                          weight_decay=recipe.weight_decay)
+    ]  # fmt: skip
+    if matrices:
+        share = recipe.muon / recipe.lr
+        made.append(torch.optim.Muon([{"params": matrices, "share": share}], lr=recipe.muon, weight_decay=0.0))
+    return made
+
+
+def _save(out: Path, model: nn.Module, average: nn.Module | None, optimisers, step: int) -> None:
     tensors = {f"model.{name}": value for name, value in model.state_dict().items()}
     if average is not None:
         tensors |= {f"average.{name}": value for name, value in average.state_dict().items()}
-    for number, slots in optimiser.state_dict()["state"].items():
-        tensors |= {f"optimiser.{number}.{slot}": value for slot, value in slots.items()}
+    for which, optimiser in enumerate(optimisers):
+        for number, slots in optimiser.state_dict()["state"].items():
+            tensors |= {f"optimiser.{which}.{number}.{slot}": value for slot, value in slots.items()}
     tensors = {name: value.detach().cpu().contiguous().clone() for name, value in tensors.items()}
     save_file(tensors, out / "state.tmp", metadata={"step": str(step)})
     os.replace(out / "state.tmp", out / "state.safetensors")
 
 
-def _restore(out: Path, model: nn.Module, average: nn.Module | None, optimiser) -> int:
+def _restore(out: Path, model: nn.Module, average: nn.Module | None, optimisers) -> int:
     """Load the last saved state, if there is one; the number of steps done."""
     path = out / "state.safetensors"
     if not path.is_file():
@@ -215,11 +243,12 @@ def _restore(out: Path, model: nn.Module, average: nn.Module | None, optimiser) 
     model.load_state_dict(parts["model"])
     if average is not None:
         average.load_state_dict(parts["average"])
-    slots: dict[int, dict[str, Tensor]] = {}
+    slots: list[dict[int, dict[str, Tensor]]] = [{} for _ in optimisers]
     for name, value in parts["optimiser"].items():
-        number, _, slot = name.partition(".")
-        slots.setdefault(int(number), {})[slot] = value
-    optimiser.load_state_dict({"state": slots, "param_groups": optimiser.state_dict()["param_groups"]})
+        which, number, slot = name.split(".")
+        slots[int(which)].setdefault(int(number), {})[slot] = value
+    for optimiser, kept in zip(optimisers, slots, strict=True):
+        optimiser.load_state_dict({"state": kept, "param_groups": optimiser.state_dict()["param_groups"]})
     return step
 
 

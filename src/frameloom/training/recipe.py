@@ -9,7 +9,6 @@ class Recipe:
     """Optimiser steps with AdamW, linear warm-up, `lr` for the share `hold` of the run, a cosine to `final_lr`.
 
     With `muon` above 0 the matrices of the model's `blocks` are moved by Muon at that rate, on the same schedule.
-    `compile` compiles the loss where the machine has a compiler.
 
     `ema` is the decay of the averaged weights that are kept (0 keeps the last ones); `bf16` runs the forward
     pass under bfloat16 autocast (losses that need float32 say so themselves).
@@ -28,7 +27,6 @@ class Recipe:
     channels_last: bool = False
     muon: float = 0.0
     hold: float = 0.0
-    compile: bool = False
 
     def lr_at(self, step: int) -> float:
         """The learning rate of step `step`, counted from 0."""

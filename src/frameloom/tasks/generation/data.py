@@ -1,10 +1,13 @@
 """What the generators learn from: captioned clips in stages, pictures first."""
 
+import gzip
+import struct
 from dataclasses import dataclass
-from typing import Any
+from pathlib import Path
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from frameloom.errors import InputError
@@ -15,30 +18,32 @@ from frameloom.world.captions import CaptionedClips
 POOL = 12_288
 
 
-def captioned(source: str, config: Any, seed: int, words: Words) -> "Stages":
-    """Batches for a model with `frames`, `side` and `codec`. Raises InputError for anything but `"world"`."""
+def captioned(source: str, frames: int, side: int, seed: int, words: Words, **stages: float) -> "Stages":
+    """Batches of clips of `side` pixels. Raises InputError for anything but `"world"`."""
     if source != "world":
         raise InputError(f"--data {source}: the small generators learn from world; there is no loader for others yet")
-    side = config.side * (config.codec or 1)
-    make = lambda count, number: CaptionedClips(WorldDataset("toys", config.frames, side, side, 10 * seed + number,
-                                                             POOL, count=count, supersample=2))  # fmt: skip
-    return Stages(make(1, 1), make(2, 2), config.frames, words)
+    one, two = (
+        CaptionedClips(WorldDataset("toys", frames, side, side, 10 * seed + count, POOL, count=count, supersample=2))
+        for count in (1, 2)
+    )
+    return Stages(one, two, frames, words, seed=seed, **stages)
 
 
 @dataclass(frozen=True)
 class Stages:
     """Pictures, then clips from words, then clips of which some frames are given: the paper's order of learning.
 
-    One shape in the first half of the run, one or two after it. Batch `indices` at `progress` depends on nothing else.
+    `pictures` and `clips` are the shares of the run at which the first and the second stage end, `pairs` the share of
+    examples with two shapes. Batch `indices` at `progress` depends on nothing else.
     """
 
     one: CaptionedClips
     two: CaptionedClips
     frames: int
     words: Words
-    pictures: float = 0.2
-    clips: float = 0.6
-    pairs: float = 0.5
+    pictures: float = 0.0
+    clips: float = 1.0
+    pairs: float = 0.35
     seed: int = 0
 
     def sample(self) -> Tensor:
@@ -49,7 +54,7 @@ class Stages:
         rng = np.random.default_rng([self.seed, indices[0]])
         chosen: list[tuple[CaptionedClips, int]] = []
         for index in indices:
-            pool = self.two if progress >= self.pairs and rng.random() < 0.5 else self.one
+            pool = self.two if rng.random() < self.pairs else self.one
             chosen.append((pool, int(rng.integers(len(pool))) if index >= len(pool) else index % len(pool)))
         read = [pool.read([number]) for pool, number in chosen]
         video, texts = torch.cat([clip for clip, _ in read]), [caption for _, (caption,) in read]
@@ -68,3 +73,54 @@ class Stages:
                 elif kind < 0.6:
                     row[[0, -1]] = True
         return {"video": video, "ids": self.words.encode(texts), "given": given}
+
+
+def digits(source: str, side: int, seed: int) -> "Digits":
+    """Handwritten digits: `"world"` or `"digits"` for the 1,797 that ship with scikit-learn, or `mnist:DIR`."""
+    if source.startswith("mnist:"):
+        pictures, labels = _mnist(Path(source[len("mnist:") :]))
+    elif source in ("world", "digits"):
+        try:
+            from sklearn.datasets import load_digits
+        except ImportError:
+            raise InputError("--data digits: needs scikit-learn, which holds them (pip install scikit-learn)") from None
+        found = load_digits()
+        pictures, labels = torch.from_numpy(found.images).float() / 16, torch.from_numpy(found.target)
+    else:
+        raise InputError(f"--data {source}: digits are learned from digits or mnist:DIR")
+    pictures = F.interpolate(pictures[:, None], size=(side, side), mode="bilinear", align_corners=False, antialias=True)
+    return Digits(pictures.clamp(0, 1), labels.long(), seed)
+
+
+def _mnist(folder: Path) -> tuple[Tensor, Tensor]:
+    """Every pair of IDX files of a folder: pictures `(n, 28, 28)` in [0, 1] and labels `(n,)`."""
+    pictures, labels = [], []
+    for path in sorted(folder.glob("*images-idx3-ubyte.gz")):
+        beside = path.with_name(path.name.replace("images-idx3", "labels-idx1"))
+        try:
+            first, second = gzip.decompress(path.read_bytes()), gzip.decompress(beside.read_bytes())
+            magic, count, height, width = struct.unpack(">4I", first[:16])
+            if magic != 2051 or len(first) != 16 + count * height * width or len(second) != 8 + count:
+                raise ValueError("not the size that its header says")
+        except (OSError, EOFError, ValueError, struct.error) as error:
+            raise InputError(f"--data mnist:{folder}: {path.name} is not an IDX file ({error})") from None
+        pictures.append(
+            torch.from_numpy(np.frombuffer(first, np.uint8, offset=16).reshape(count, height, width).copy())
+        )
+        labels.append(torch.from_numpy(np.frombuffer(second, np.uint8, offset=8).copy()))
+    if not pictures:
+        raise InputError(f"--data mnist:{folder}: holds no *images-idx3-ubyte.gz")
+    return torch.cat(pictures).float() / 255, torch.cat(labels)
+
+
+@dataclass(frozen=True)
+class Digits:
+    """Pictures of one frame, in random order, and their classes."""
+
+    pictures: Tensor
+    labels: Tensor
+    seed: int = 0
+
+    def batch(self, indices: list[int], progress: float) -> dict[str, Tensor]:
+        chosen = np.random.default_rng([self.seed, indices[0]]).integers(len(self.labels), size=len(indices))
+        return {"video": self.pictures[chosen][:, None].expand(-1, -1, 3, -1, -1), "label": self.labels[chosen]}

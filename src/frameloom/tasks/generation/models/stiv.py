@@ -15,6 +15,8 @@ L. Li, Y. Sun, K.-W. Chang, Y. Yang, "STIV: Scalable Text and Image Conditioned 
 arXiv 2412.07730.
 """
 
+import logging
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -23,13 +25,20 @@ from einops import rearrange, repeat
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
+from frameloom.diffusion.cond import Cond
+from frameloom.diffusion.denoiser import Latent, Plain
+from frameloom.diffusion.generator import Defaults
 from frameloom.diffusion.objective import LogitNormal, masked_mean
 from frameloom.diffusion.paths import Flow, spread
+from frameloom.diffusion.step import Grids
+from frameloom.errors import InputError
 from frameloom.language.words import WordEncoder, Words
 from frameloom.layers.attention import Attention, rotary, sinusoid
 from frameloom.layers.patches import PatchPCA
 from frameloom.training.recipe import Recipe
 from frameloom.world import VOCABULARY
+
+log = logging.getLogger("frameloom")
 
 WORDS = Words(VOCABULARY)
 
@@ -63,7 +72,7 @@ class Config:
     drop_image: float = 0.08
 
 
-TINY = Config(width=192, depth=6, heads=6, channels=64, frames=16, side=4, text_width=128, words=len(WORDS), codec=8,
+TINY = Config(width=192, depth=6, heads=6, channels=128, frames=16, side=2, text_width=128, words=len(WORDS), codec=16,
               prediction="data")  # fmt: skip
 # The 8.7 billion of the paper: 46 blocks, 3072 wide, on the latents of a separate autoencoder.
 PAPER = Config(width=3072, depth=46, heads=48, channels=8, patch=2, frames=20, side=64, text_width=1280,
@@ -210,6 +219,55 @@ class STIV(nn.Module):
         grid = torch.cartesian_prod(axes[0], axes[1])
         return rotary(grid, head), rotary(axes[2][:, None], head)
 
+    # --- as a generator: see frameloom.diffusion.generator -----------------------------------------------------------
+
+    name = "stiv"
+    fps = 8.0
+    needs_image = False
+    defaults = Defaults(steps=24, guidance=4.0, guide="joint", solver="dpmpp2m")
+    knows = "one or two of small large red orange yellow green blue purple ball box capsule that rolls slides left " \
+            "right, rises, sinks or stands still, behind or in front of the other"  # fmt: skip
+
+    @property
+    def words(self) -> Words | None:
+        return WORDS if self.config.words else None
+
+    @property
+    def height(self) -> int:
+        return self.config.side * max(self.config.codec, 1)
+
+    width = height
+
+    @property
+    def denoiser(self) -> Plain:
+        c = self.config
+        return Plain(self._network, self.path, c.prediction, Latent(c.channels, c.frames, c.side, c.side))
+
+    def _network(self, x: Tensor, t: Tensor, cond: Cond) -> Tensor:
+        if x.shape[1] > self.config.frames:
+            log.info("%d frames where %d were trained: positions are drawn together by %.3g", x.shape[1],
+                     self.config.frames, x.shape[1] / self.config.frames)  # fmt: skip
+        return self(x, t.float(), cond["text"], cond["text_mask"])
+
+    def text(self, prompts: Sequence[str]) -> Cond:
+        device = self.patch_in.weight.device
+        with torch.no_grad():
+            text, known = self.encoder(WORDS.encode(prompts).to(device))
+            empty, none = self.encoder(WORDS.encode([""]).to(device))
+        return Cond({"text": text, "text_mask": known}, {"text": empty, "text_mask": none})
+
+    def image(self, picture: Float[Tensor, "b 3 h w"], cond: Cond) -> Cond:
+        raise InputError("this model takes pictures as given frames, not as a condition")
+
+    def encode(self, video: Float[Tensor, "b t 3 h w"]) -> Float[Tensor, "b t c h2 w2"]:
+        return self.codec.encode(video.to(self.codec.mean.device))
+
+    def decode(self, latents: Float[Tensor, "b t c h2 w2"]) -> Float[Tensor, "b t 3 h w"]:
+        return self.codec.decode(latents)
+
+    def grid(self, steps: int) -> Tensor:
+        return Grids.linear(self.path, steps)
+
     # --- training --------------------------------------------------------------------------------------------------
 
     @classmethod
@@ -220,14 +278,18 @@ class STIV(nn.Module):
     def recipe(cls, size: str) -> Recipe:
         if size == "paper":  # the paper's: AdaFactor's place is taken by AdamW
             return Recipe(steps=400_000, batch_size=1024, lr=2e-4, final_lr=2e-4, warmup=1000, ema=0.9999, bf16=True)
-        return Recipe(steps=24_000, batch_size=16, lr=2e-3, muon=0.02, warmup=200, hold=0.4, ema=0.998, bf16=True,
-                      weight_decay=0.0, compile=True)  # fmt: skip
+        return Recipe(steps=8000, batch_size=24, lr=2e-3, muon=0.02, warmup=200, hold=0.5, ema=0.998, bf16=True,
+                      weight_decay=0.0)  # fmt: skip
 
     @classmethod
     def dataset(cls, source: str, size: str, seed: int):
         from frameloom.tasks.generation.data import captioned
 
-        return captioned(source, cls.preset(size), seed, WORDS)
+        config = cls.preset(size)
+        # The paper's order: pictures, then clips from words, then clips of which some frames are given.
+        return captioned(
+            source, config.frames, config.side * max(config.codec, 1), seed, WORDS, pictures=0.15, clips=0.5
+        )
 
     def prepare(self, batches) -> None:
         """Fit the pixel codec to the data, before the first step."""

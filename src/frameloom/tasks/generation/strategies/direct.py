@@ -1,0 +1,52 @@
+"""Direct sampling: all frames at once, as the model was trained. The baseline of every strategy for long video."""
+
+from collections.abc import Iterator
+
+from jaxtyping import Float
+from torch import Tensor
+
+from frameloom.diffusion.denoiser import Given
+from frameloom.diffusion.generator import Generator, seeded
+from frameloom.diffusion.hooks import HookSet
+from frameloom.diffusion.run import HoldGiven, sample
+from frameloom.diffusion.step import step
+from frameloom.progress import Progress
+from frameloom.tasks.generation.base import Request, condition, given_latents
+
+
+class Direct:
+    """Plain sampling of any number of frames in one piece."""
+
+    def __init__(self) -> None:
+        pass
+
+    def check(self, model: Generator, request: Request) -> None:
+        """Nothing: any model can do it, as far as memory goes."""
+
+    def frames(self, model: Generator, request: Request, progress: Progress) -> Iterator[Float[Tensor, "3 h w"]]:
+        yield from whole(model, request, progress)
+
+
+def whole(
+    model: Generator, request: Request, progress: Progress, x: Tensor | None = None, hooks: HookSet = ()
+) -> Iterator[Float[Tensor, "3 h w"]]:
+    """Sample a request in one run of the loop, from noise `x` `(1, t, c, h, w)` if it is given."""
+    denoiser = model.denoiser
+    cond = condition(model, request)
+    if x is None:
+        x = seeded(denoiser.latent.shape(1, request.frames), request.seed)
+    x = x.to(next(iter(cond.values.values())).device) if cond.values else x
+    edits = []
+    if (found := given_latents(model, request)) is not None:
+        given, clean = found
+        denoiser = Given(denoiser)
+        cond = type(cond)(cond.values | {"given": given, "clean": clean}, cond.nulls | {"given": given & False})
+        edits = [HoldGiven(clean, given, x)]
+    grid = model.grid(request.steps)
+    _, _, c = denoiser.path.coef(grid[0])
+    latents, _ = sample(
+        denoiser, x * float(c), grid, cond, guide=request.guide(model), step=step(request.solver), edits=edits,
+        hooks=hooks, callback=lambda ctx, _: progress("sampling", ctx.i + 1, ctx.n),
+    )  # fmt: skip
+    for frame in model.decode(latents)[0]:
+        yield frame.clamp(0, 1)
