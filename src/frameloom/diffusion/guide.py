@@ -6,7 +6,7 @@ x_t; so combinations are made of the data. Rescaling by norms or deviations is n
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -31,6 +31,7 @@ class Branch:
     hooks: HookSet = ()
 
 
+@runtime_checkable
 class Guide(Protocol):
     def branches(self, cond: Cond, ctx: Ctx) -> Sequence[Branch]: ...
 

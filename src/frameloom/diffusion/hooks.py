@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 from torch import nn
 
@@ -17,6 +17,7 @@ from frameloom.diffusion.denoiser import Denoiser, Site
 from frameloom.errors import InputError
 
 
+@runtime_checkable
 class Hook(Protocol):
     """Stands in for a module's call."""
 

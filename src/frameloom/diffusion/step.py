@@ -10,7 +10,7 @@ r = 1 is consistency sampling.
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import ClassVar, Protocol
+from typing import ClassVar, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -21,6 +21,7 @@ from frameloom.diffusion.predict import Prediction, target
 from frameloom.errors import InputError
 
 
+@runtime_checkable
 class Step(Protocol):
     def __call__(self, x: Tensor, p: Prediction, t: Tensor, s: Tensor, ctx: Ctx) -> Tensor: ...
 
