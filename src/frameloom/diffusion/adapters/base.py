@@ -1,13 +1,18 @@
 """What every adapter shares: from `(b, t, c, h, w)` and a time of the path to a host's own call, and back.
 
 An adapter does five things and no more: layout, input scale, time as the host counts it, conditions as the host names
-them, raw output to `Prediction`. A leaf gives `call` and `sites`.
+them, raw output to `Prediction`. A leaf gives `call`.
 """
 
 from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import cached_property
 
+import torch
+from jaxtyping import Float
 from torch import Tensor, nn
 
+from frameloom.diffusion.adapters.places import places
 from frameloom.diffusion.cond import Cond
 from frameloom.diffusion.denoiser import Latent, Site
 from frameloom.diffusion.paths import Path
@@ -35,4 +40,43 @@ class Adapter:
 
     def sites(self, kind: str) -> Iterator[Site]:
         """The host's modules of that kind, in the order in which they run."""
-        raise NotImplementedError
+        return places(self.host, kind)
+
+    @cached_property
+    def _resnets(self) -> list[nn.Module]:
+        return [site.module for site in self.sites("resnet")]
+
+    @contextmanager
+    def _frame_embedding(self, embedding: Float[Tensor, "bt d"]) -> Iterator[None]:
+        """Every resnet is told the time of its own frame, whatever the host has embedded."""
+
+        def swap(module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
+            if "temb" in kwargs:
+                return args, kwargs | {"temb": embedding}
+            return (args[0], embedding, *args[2:]), kwargs
+
+        handles = [module.register_forward_pre_hook(swap, with_kwargs=True) for module in self._resnets]
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+
+
+def index(t: Tensor) -> Tensor:
+    """The training step of a VP time, as hosts count it; the data itself (t = 0) is told as the first."""
+    return (t - 1).clamp(min=0).float()
+
+
+def swap_channels(x: Float[Tensor, "b t c h w"]) -> Float[Tensor, "b c t h w"]:
+    """Frames behind channels, as most hosts want them; the same again brings them back."""
+    return x.transpose(1, 2)
+
+
+def lengthened(image: Float[Tensor, "b s c h w"], frames: int, repeat: bool) -> Float[Tensor, "b t c h w"]:
+    """Latents of a first picture made as long as the clip: repeated, or followed by zeros."""
+    if image.shape[1] == frames:
+        return image
+    if repeat:
+        return image.expand(-1, frames, -1, -1, -1)
+    return torch.cat([image, image.new_zeros(image.shape[0], frames - image.shape[1], *image.shape[2:])], 1)
