@@ -10,8 +10,8 @@ from frameloom.diffusion.paths import Path
 
 
 class CogVideoX(Adapter):
-    """Conditions: `text` `(b, n, d)`; `image` latents `(b, 1 or t, c, h, w)` behind the noisy ones where the host takes a
-    picture (those that are missing are zero). One time for all frames.
+    """Conditions: `text` `(b, n, d)`; `image` latents `(b, 1 or t, c, h, w)` behind the noisy ones where the host takes
+    a picture (those that are missing are zero). One time for all frames.
     """
 
     def __init__(self, host: nn.Module, path: Path, kind: str = "v", frames: int | None = None) -> None:

@@ -14,8 +14,8 @@ from frameloom.diffusion.paths import Path
 
 
 class Latte(Adapter):
-    """Conditions: `text` `(b, n, d)` with `text_mask` `(b, n)`. Every frame may have a time of its own where the blocks are
-    modulated by time (`norm_type="ada_norm_single"`, as in the published weights).
+    """Conditions: `text` `(b, n, d)` with `text_mask` `(b, n)`. Every frame may have a time of its own where the blocks
+    are modulated by time (`norm_type="ada_norm_single"`, as in the published weights).
     """
 
     def __init__(self, host: nn.Module, path: Path, kind: str = "noise") -> None:

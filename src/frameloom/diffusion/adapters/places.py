@@ -7,8 +7,8 @@ from torch import nn
 
 from frameloom.diffusion.denoiser import Site
 
-KINDS = ("spatial_self", "spatial_cross", "temporal_self", "temporal_cross", "full_self", "temporal_conv", "conv", "norm",
-         "mlp", "block", "resnet")  # fmt: skip
+KINDS = ("spatial_self", "spatial_cross", "temporal_self", "temporal_cross", "full_self", "temporal_conv", "conv",
+         "norm", "mlp", "block", "resnet")  # fmt: skip
 
 # Lists of one parent that run in turn: first of each, then second of each.
 _WOVEN = ("resnets", "temp_convs", "attentions", "temp_attentions", "motion_modules", "transformer_blocks",
@@ -98,5 +98,5 @@ def places(host: nn.Module, kind: str) -> Iterator[Site]:
         elif name.startswith("mid_block"):
             level = deepest
         elif hasattr(host, "down_blocks"):
-            stage = "up" if name.startswith("conv_out") or name.startswith("conv_norm_out") else "down"
+            stage = "up" if name.startswith(("conv_out", "conv_norm_out")) else "down"
         yield Site(name, module, kind, stage, level)

@@ -15,8 +15,8 @@ SMALLEST_SIGMA = 0.002  # the least noise of the training; held frames, of noise
 
 
 class SVD(Adapter):
-    """Conditions: `image` latents `(b, 1 or t, c, h, w)`, `image_embeds` `(b, 1, d)` of CLIP, `time_ids` `(b, 3)` (frame rate
-    less one, motion bucket, strength of the noise on the picture). Every frame may have a time of its own.
+    """Conditions: `image` latents `(b, 1 or t, c, h, w)`, `image_embeds` `(b, 1, d)` of CLIP, `time_ids` `(b, 3)`
+    (frame rate less one, motion bucket, strength of the noise on the picture). Every frame may have a time of its own.
 
     Args:
         image_last: the picture's latents come behind the noisy ones, as in the published weights.

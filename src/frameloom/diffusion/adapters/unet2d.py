@@ -10,8 +10,8 @@ from frameloom.diffusion.paths import VP, Path
 
 
 class UNet2D(Adapter):
-    """Conditions, as the host has them: `text` `(b, n, d)`, `label` `(b,)` or `(b, t)`, `image` latents `(b, 1|t, c, h, w)`
-    behind the noisy ones (inpainting, image-to-image). Every frame may have a time of its own.
+    """Conditions, as the host has them: `text` `(b, n, d)`, `label` `(b,)` or `(b, t)`, `image` latents
+    `(b, 1 or t, c, h, w)` behind the noisy ones (inpainting, image-to-image). Every frame may have a time of its own.
 
     Args:
         time_scale: what times of a path other than VP are multiplied with for the host.
