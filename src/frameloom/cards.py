@@ -34,9 +34,9 @@ class Card:
     `kind` is `"method"` for a published method and `"baseline"` for the classical or naive answer that a task
     keeps under the same protocol. `auto` marks the one that `--method auto` takes: what measures best, on real footage,
     of all that is installed. `entry` is `"module:Class"` of the method file. `paper_parameters` is the
-    published size that the `paper` preset must reproduce, to `paper_tolerance` of itself. `also` are further verbs that
-    it serves. A model that strategies sample from has `makes_video`; `base` is then the name of its shipped weights, and
-    for a strategy the name of the model that it takes when none is given.
+    published size that the `paper` preset must reproduce, to `paper_tolerance` of itself. `also` are further verbs
+    that it serves. A model that strategies sample from has `makes_video`; `base` is then the name of its shipped
+    weights, and for a strategy the name of the model that it takes when none is given.
     """
 
     id: str

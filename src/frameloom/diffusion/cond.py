@@ -13,8 +13,8 @@ from frameloom.errors import InputError
 class Cond:
     """Named tensors with a leading batch dimension, and their null values (of batch 1 or b).
 
-    `text` `(b, n, d)` with `text_mask` `(b, n)`, `label` `(b,)`, `image` latents `(b, 1, c, h, w)`, `given` `(b, t)` with
-    `clean` `(b, t, c, h, w)` are the names in use; an adapter takes those that its host knows.
+    `text` `(b, n, d)` with `text_mask` `(b, n)`, `label` `(b,)`, `image` latents `(b, 1, c, h, w)`, `given` `(b, t)`
+    with `clean` `(b, t, c, h, w)` are the names in use; an adapter takes those that its host knows.
     """
 
     values: dict[str, Tensor] = field(default_factory=dict)
@@ -45,8 +45,8 @@ class Cond:
 
     def rows(self, index: Tensor | slice) -> "Cond":
         """Some examples of the batch."""
-        return Cond({name: value[index] for name, value in self.values.items()},
-                    {name: value if len(value) == 1 else value[index] for name, value in self.nulls.items()})  # fmt: skip
+        nulls = {name: value if len(value) == 1 else value[index] for name, value in self.nulls.items()}
+        return Cond({name: value[index] for name, value in self.values.items()}, nulls)
 
     def repeat(self, times: int) -> "Cond":
         """The batch `times` times over: all examples, then all again."""

@@ -29,7 +29,7 @@ class Report:
 
 @dataclass
 class Ctx:
-    """One run of the loop. `i` of `n` steps goes from time `t` to `s`; `state` is whatever guides, solvers and hooks keep.
+    """One run of the loop. Step `i` of `n` goes from time `t` to `s`; `state` is what guides, solvers and hooks keep.
 
     `remember` gives a hook a place of its own for every site and branch: sharing one between the conditional and the
     unconditional branch is the classic mistake of caches.

@@ -1,4 +1,4 @@
-"""Denoisers: from a noisy input, its times and its conditions to estimates of data and noise. Every host looks alike."""
+"""Denoisers: from a noisy input, its times and its conditions to estimates of data and noise. All hosts look alike."""
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -15,7 +15,7 @@ from frameloom.errors import InputError
 
 @dataclass(frozen=True)
 class Latent:
-    """The latents of a model: channels, frames and size it was trained on, and whether every frame may have its time."""
+    """The latents of a model: channels, frames and size of its training, and whether each frame may have its time."""
 
     channels: int
     frames: int
@@ -31,8 +31,8 @@ class Latent:
 class Site:
     """A place inside a host where a method may put something: a module, its kind and where it stands.
 
-    `kind` is one of spatial_self, spatial_cross, temporal_self, full_self, temporal_conv, conv, norm, mlp, block, resnet;
-    `stage` one of down, mid, up; `level` counts from full size.
+    `kind` is one of those of `frameloom.diffusion.adapters.places`; `stage` one of down, mid, up; `level` counts from
+    full size.
     """
 
     name: str
@@ -105,8 +105,8 @@ class Rebased:
     def __call__(self, x: Tensor, t: Tensor, cond: Cond) -> Prediction:
         lam = self.path.lam(t)
         if float(lam.min()) < self._floor * (1 - 1e-6) - 1e-12:
-            raise InputError(f"a signal-to-noise ratio of {float(lam.min()) ** 2:.3g} was asked for, but this model was "
-                             f"trained down to {self._floor**2:.3g} (it is not zero-terminal)")  # fmt: skip
+            raise InputError(f"a signal-to-noise ratio of {float(lam.min()) ** 2:.3g} was asked for, but this model "
+                             f"was trained down to {self._floor**2:.3g} (it is not zero-terminal)")  # fmt: skip
         own = self.base.path.t_of_lam(lam)
         clean = torch.isinf(lam)
         own = torch.where(clean, torch.zeros_like(own), own).to(t.dtype)

@@ -44,7 +44,7 @@ class Defaults:
 
 @runtime_checkable
 class Generator(Protocol):
-    """What a strategy needs of a model. Pictures are in [0, 1], `(b, t, 3, h, w)`; `denoiser.latent` is its own size."""
+    """What a strategy needs of a model. Videos are `(b, t, 3, h, w)` in [0, 1]; `denoiser.latent` is its own size."""
 
     name: str
     denoiser: Denoiser

@@ -141,7 +141,7 @@ class Joint:
 
 @dataclass(frozen=True)
 class Separate:
-    """Picture and text one after the other: `u + w_image (i - u) + w_text (it - i)`, three evaluations. arXiv 2211.09800."""
+    """Picture, then text: `u + w_image (i - u) + w_text (it - i)`, three evaluations. arXiv 2211.09800."""
 
     image: Weight = 1.5
     text: Weight = 7.5

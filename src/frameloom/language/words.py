@@ -28,7 +28,7 @@ class Words:
 
     def unknown(self, text: str) -> list[str]:
         """The words of a sentence that the vocabulary lacks, in their order."""
-        return [word for word in _split(text) if word not in self.number]
+        return [word for word in split(text) if word not in self.number]
 
     def nearest(self, word: str) -> str | None:
         """The known word that is spelt most alike, if one is."""
@@ -41,14 +41,14 @@ class Words:
         """
         out = torch.full((len(texts), self.length), PAD)
         for row, text in zip(out, texts, strict=True):
-            ids = [self.number[word] for word in _split(text) if word in self.number] + [END]
+            ids = [self.number[word] for word in split(text) if word in self.number] + [END]
             if len(ids) > self.length:
                 raise InputError(f"the prompt has {len(ids) - 1} words; this model reads {self.length - 1} at most")
             row[: len(ids)] = torch.tensor(ids)
         return out
 
 
-def _split(text: str) -> list[str]:
+def split(text: str) -> list[str]:
     return "".join(letter if letter.isalnum() else " " for letter in text.lower()).split()
 
 

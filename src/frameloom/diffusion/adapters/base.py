@@ -38,6 +38,10 @@ class Adapter:
     def __call__(self, x: Tensor, t: Tensor, cond: Cond) -> Prediction:
         return to_prediction(self.kind, self.call(x, t, cond), x, t, self.path)
 
+    def text_at_sites(self, text: Tensor) -> Tensor:
+        """Text `(b, n, d)` of a condition as the host's cross-attention gets it."""
+        return text
+
     def sites(self, kind: str) -> Iterator[Site]:
         """The host's modules of that kind, in the order in which they run."""
         return places(self.host, kind)

@@ -4,6 +4,7 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from functools import partial
 
+import torch
 from torch import Tensor, nn
 
 from frameloom.diffusion.adapters.base import Adapter, index, swap_channels
@@ -33,12 +34,33 @@ class Latte(Adapter):
         if (mask := cond.get("text_mask")) is not None:  # as the bias that the host's attention adds, one per frame
             bias = (1 - mask.to(video.dtype))[:, None] * -10000.0
             given["encoder_attention_mask"] = bias.repeat_interleave(x.shape[1], 0)
-        if t.ndim == 1:
-            found = self.host(video, at, **given, return_dict=False)[0]
-        else:
-            with self._frame_modulation(at, video.dtype):
-                found = self.host(video, at[:, 0], **given, return_dict=False)[0]
+        with self._as_long_as(x.shape[1]):
+            if t.ndim == 1:
+                found = self.host(video, at, **given, return_dict=False)[0]
+            else:
+                with self._frame_modulation(at, video.dtype):
+                    found = self.host(video, at[:, 0], **given, return_dict=False)[0]
         return swap_channels(found[:, : self.latent.channels])
+
+    def text_at_sites(self, text: Tensor) -> Tensor:
+        return self.host.caption_projection(text)
+
+    @contextmanager
+    def _as_long_as(self, frames: int) -> Iterator[None]:
+        """The host's table of frame positions cut, or continued by its own formula, to another number of frames."""
+        table = self.host.temp_pos_embed
+        if table.shape[1] == frames:
+            yield
+            return
+        from diffusers.models.embeddings import get_1d_sincos_pos_embed_from_grid
+
+        grid = torch.arange(frames, device=table.device)
+        made = get_1d_sincos_pos_embed_from_grid(table.shape[2], grid, output_type="pt")
+        self.host.temp_pos_embed = made.to(table)[None]
+        try:
+            yield
+        finally:
+            self.host.temp_pos_embed = table
 
     @contextmanager
     def _frame_modulation(self, at: Tensor, dtype: object) -> Iterator[None]:

@@ -8,7 +8,7 @@ from torch import nn
 from frameloom.diffusion.denoiser import Site
 
 KINDS = ("spatial_self", "spatial_cross", "temporal_self", "temporal_cross", "full_self", "temporal_conv", "conv",
-         "norm", "mlp", "block", "resnet")  # fmt: skip
+         "norm", "mlp", "block", "temporal_block", "resnet")  # fmt: skip
 
 # Lists of one parent that run in turn: first of each, then second of each.
 _WOVEN = ("resnets", "temp_convs", "attentions", "temp_attentions", "motion_modules", "transformer_blocks",
@@ -89,7 +89,10 @@ def places(host: nn.Module, kind: str) -> Iterator[Site]:
     flat = not hasattr(host, "down_blocks") and not hasattr(host, "temporal_transformer_blocks")
     deepest = len(getattr(host, "down_blocks", [0])) - 1
     for name, module in running_order(host):
-        if kind_of(name, module, flat) != kind:
+        if kind == "temporal_block":
+            if type(module).__name__ != "BasicTransformerBlock" or not _TEMPORAL.search(name):
+                continue
+        elif kind_of(name, module, flat) != kind:
             continue
         stage, level = "mid", 0
         if found := re.match(r"(down|up)_blocks\.(\d+)", name):

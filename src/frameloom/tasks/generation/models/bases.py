@@ -22,14 +22,13 @@ from torch import Tensor, nn
 
 from frameloom.diffusion.adapters.base import Adapter
 from frameloom.diffusion.cond import Cond
-from frameloom.diffusion.denoiser import Latent
 from frameloom.diffusion.generator import Defaults
 from frameloom.diffusion.objective import LogitNormal, LogNormalSigma, mse, uniform
 from frameloom.diffusion.paths import EDM, VP, Flow, Path
 from frameloom.diffusion.predict import target
 from frameloom.diffusion.step import Grids
 from frameloom.errors import InputError
-from frameloom.language.words import Words, WordEncoder
+from frameloom.language.words import WordEncoder, Words
 from frameloom.training.recipe import Recipe
 from frameloom.world import VOCABULARY
 

@@ -107,7 +107,7 @@ class Block(nn.Module):
         space: tuple[Tensor, Tensor],
         time: tuple[Tensor, Tensor],
     ) -> Float[Tensor, "b t s d"]:
-        b, t, s, _ = x.shape
+        _, t, s, _ = x.shape
         shift1, scale1, gate1, shift2, scale2, gate2 = (modulation + self.offset)[:, :, None, None].unbind(1)
         y = rearrange(_norm(x) * (1 + scale1) + shift1, "b t s d -> (b t) s d")
         x = x + gate1 * _norm(rearrange(self.spatial(y, positions=space), "(b t) s d -> b t s d", t=t))

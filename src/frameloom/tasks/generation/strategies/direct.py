@@ -5,7 +5,8 @@ from collections.abc import Iterator
 from jaxtyping import Float
 from torch import Tensor
 
-from frameloom.diffusion.denoiser import Given
+from frameloom.diffusion.cond import Cond
+from frameloom.diffusion.denoiser import Denoiser, Given
 from frameloom.diffusion.generator import Generator, seeded
 from frameloom.diffusion.hooks import HookSet
 from frameloom.diffusion.run import HoldGiven, sample
@@ -28,25 +29,35 @@ class Direct:
 
 
 def whole(
-    model: Generator, request: Request, progress: Progress, x: Tensor | None = None, hooks: HookSet = ()
+    model: Generator,
+    request: Request,
+    progress: Progress,
+    x: Tensor | None = None,
+    hooks: HookSet = (),
+    denoiser: Denoiser | None = None,
+    apart: bool = False,
 ) -> Iterator[Float[Tensor, "3 h w"]]:
-    """Sample a request in one run of the loop, from noise `x` `(1, t, c, h, w)` if it is given."""
-    denoiser = model.denoiser
+    """Sample a request in one run of the loop.
+
+    Args:
+        x: the noise to start from, `(1, t, c, h, w)`, of unit variance. denoiser: in the place of the model's own.
+        apart: run the branches of guidance one after the other.
+    """
+    denoiser = denoiser or model.denoiser
     cond = condition(model, request)
-    if x is None:
-        x = seeded(denoiser.latent.shape(1, request.frames), request.seed)
-    x = x.to(next(iter(cond.values.values())).device) if cond.values else x
+    x = seeded(denoiser.latent.shape(1, request.frames), request.seed) if x is None else x
+    x = x.to(next(iter(cond.values.values())).device)
     edits = []
     if (found := given_latents(model, request)) is not None:
         given, clean = found
         denoiser = Given(denoiser)
-        cond = type(cond)(cond.values | {"given": given, "clean": clean}, cond.nulls | {"given": given & False})
+        cond = Cond(cond.values | {"given": given, "clean": clean}, cond.nulls | {"given": given & False})
         edits = [HoldGiven(clean, given, x)]
     grid = model.grid(request.steps)
     _, _, c = denoiser.path.coef(grid[0])
     latents, _ = sample(
         denoiser, x * float(c), grid, cond, guide=request.guide(model), step=step(request.solver), edits=edits,
-        hooks=hooks, callback=lambda ctx, _: progress("sampling", ctx.i + 1, ctx.n),
+        hooks=hooks, together=not apart, callback=lambda ctx, _: progress("sampling", ctx.i + 1, ctx.n),
     )  # fmt: skip
     for frame in model.decode(latents)[0]:
         yield frame.clamp(0, 1)
