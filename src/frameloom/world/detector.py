@@ -115,10 +115,10 @@ def _detect(video: Float[Tensor, "b t 3 h w"]) -> Found:
     bank, least = _templates(min(height, width))
     bank = bank.to(video.device)
     cover, error = _unmix(video)
-    every = _kept(cover, error)
+    every = _kept(cover, error, bank.shape[-1])
     present = every.sum((-2, -1)) > least
     # Only colours that are there may share the pixels at the rims, where all colours fit.
-    coverage = _kept(cover, error.masked_fill(~present[..., None, None], torch.inf))
+    coverage = _kept(cover, error.masked_fill(~present[..., None, None], torch.inf), bank.shape[-1])
     area = coverage.sum((-2, -1))
     present = present & (area > least)
     x, y = (torch.arange(size, device=video.device) + 0.5 for size in (width, height))
@@ -129,20 +129,29 @@ def _detect(video: Float[Tensor, "b t 3 h w"]) -> Found:
     return Found(coverage, area, centroid, overlap, present)
 
 
-def _ground(video: Float[Tensor, "b t 3 h w"]) -> Float[Tensor, "b t 3 h 1"]:
-    """The background of each row: the median of its least colourful third, over a window of frames."""
+def _ground(video: Float[Tensor, "b t 3 h w"]) -> Float[Tensor, "b t 3 h w"]:
+    """The background: in each row the median of its least colourful third, over a window of frames.
+
+    The clouds of the nearest studio are added, which would else be taken for pale paint.
+    """
+    studios = _studios(*video.shape[-2:]).to(video.device)
+    clouds = studios - studios.median(-1, keepdim=True).values
     grounds = []
     for window in video.split(_WINDOW, dim=1):
-        rows = window.permute(0, 3, 2, 1, 4).flatten(3)  # b h 3 (t w)
-        pale = (rows.amax(2) - rows.amin(2)).argsort(-1)[..., : max(1, rows.shape[-1] // 3)]
-        ground = rows.gather(-1, pale[:, :, None].expand(-1, -1, 3, -1)).median(-1).values
-        grounds.append(ground.transpose(1, 2)[:, None, ..., None].expand(-1, window.shape[1], -1, -1, -1))
+        rows = window.permute(0, 3, 2, 1, 4)  # b h 3 t w
+        pale = (rows.amax(2) - rows.amin(2)).flatten(2).argsort(-1)
+        pale = pale[:, :, None, : max(1, pale.shape[-1] // 3)].expand(-1, -1, 3, -1)
+        middle = lambda rest, pale=pale: rest.flatten(3).gather(-1, pale).median(-1).values.transpose(1, 2)[..., None]
+        apart = (middle(rows)[:, None] - studios.median(-1, keepdim=True).values).abs().mean((2, 3, 4))
+        cloud = clouds[apart.argmin(1)]  # b 3 h w
+        ground = middle(rows - cloud.transpose(1, 2)[:, :, :, None]) + cloud
+        grounds.append(ground[:, None].expand(window.shape))
     return torch.cat(grounds, 1)
 
 
 def _unmix(video: Float[Tensor, "b t 3 h w"]) -> tuple[Float[Tensor, "b t 6 h w"], Float[Tensor, "b t 6 h w"]]:
     """Coverage by each colour if it alone lay over the background, and the distance in RGB that remains."""
-    ground = _ground(video).expand(video.shape)
+    ground = _ground(video)
     covers, errors = [], []
     dot = lambda a, b: (a * b).sum(2)
     pg, gg = dot(video, ground), dot(ground, ground)
@@ -160,12 +169,18 @@ def _unmix(video: Float[Tensor, "b t 3 h w"]) -> tuple[Float[Tensor, "b t 6 h w"
     return torch.stack(covers, 2), torch.stack(errors, 2)
 
 
-def _kept(cover: Float[Tensor, "b t 6 h w"], error: Float[Tensor, "b t 6 h w"]) -> Float[Tensor, "b t 6 h w"]:
-    """Coverage by the colour that fits best, without specks: what its 3x3 pixels cover too little of, or unlike it."""
+def _kept(
+    cover: Float[Tensor, "b t 6 h w"], error: Float[Tensor, "b t 6 h w"], size: int
+) -> Float[Tensor, "b t 6 h w"]:
+    """Coverage by the colour that fits best: in the window of `size` pixels that holds most of it, without specks."""
     best = error.argmin(2, keepdim=True)
     one = torch.zeros_like(cover).scatter_(2, best, 1.0) * (error < 0.25) * cover
-    around = F.avg_pool2d(one.flatten(0, 1), 3, 1, 1).view_as(one)
-    return one * (around > 0.2)
+    flat = one.flatten(0, 2)[:, None]
+    flat = flat * (F.avg_pool2d(flat, 3, 1, 1) > 0.2)
+    half = size // 2
+    dense = F.avg_pool2d(F.avg_pool2d(flat, half | 1, 1, half // 2), half | 1, 1, half // 2)
+    top = F.one_hot(dense.flatten(1).argmax(1), dense[0].numel()).view_as(flat)
+    return (flat * F.max_pool2d(top.to(flat), size, 1, half)).view_as(cover)
 
 
 def _overlap(
