@@ -175,12 +175,17 @@ def _kept(
     """Coverage by the colour that fits best: in the window of `size` pixels that holds most of it, without specks."""
     best = error.argmin(2, keepdim=True)
     one = torch.zeros_like(cover).scatter_(2, best, 1.0) * (error < 0.25) * cover
-    flat = one.flatten(0, 2)[:, None]
-    flat = flat * (F.avg_pool2d(flat, 3, 1, 1) > 0.2)
-    half = size // 2
-    dense = F.avg_pool2d(F.avg_pool2d(flat, half | 1, 1, half // 2), half | 1, 1, half // 2)
-    top = F.one_hot(dense.flatten(1).argmax(1), dense[0].numel()).view_as(flat)
-    return (flat * F.max_pool2d(top.to(flat), size, 1, half)).view_as(cover)
+    one = one * (_box(one, 3) > 0.2)
+    height, width = one.shape[-2:]
+    top = _box(one, size // 4 * 2 + 1).flatten(-2).argmax(-1)[..., None, None]
+    y, x = torch.arange(height, device=one.device)[:, None], torch.arange(width, device=one.device)
+    return one * (((y - top // width).abs() <= size // 2) & ((x - top % width).abs() <= size // 2))
+
+
+def _box(images: Float[Tensor, "b t 6 h w"], size: int) -> Float[Tensor, "b t 6 h w"]:
+    """Mean over `size` x `size` pixels, zeros beyond the picture."""
+    flat = F.avg_pool2d(images.flatten(0, 1), (1, size), 1, (0, size // 2))
+    return F.avg_pool2d(flat, (size, 1), 1, (size // 2, 0)).view_as(images)
 
 
 def _overlap(
