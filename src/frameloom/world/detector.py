@@ -14,7 +14,7 @@ from itertools import product
 import numpy as np
 import torch
 import torch.nn.functional as F
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from frameloom.errors import InputError
@@ -109,8 +109,13 @@ def detect(video: Float[Tensor, "b t 3 h w"]) -> Found:
     return Found(**{name: torch.cat([getattr(part, name) for part in parts]) for name in Found.__annotations__})
 
 
+def _legal(video: Float[Tensor, "b t 3 h w"]) -> Float[Tensor, "b t 3 h w"]:
+    """A generator may give anything: floats in [0, 1], grey where there is no number."""
+    return video.float().nan_to_num(0.5).clamp(0, 1)
+
+
 def _detect(video: Float[Tensor, "b t 3 h w"]) -> Found:
-    video = video.float().nan_to_num(0.5).clamp(0, 1)
+    video = _legal(video)
     height, width = video.shape[-2:]
     bank, least = _templates(min(height, width))
     bank = bank.to(video.device)
@@ -141,32 +146,39 @@ def _ground(video: Float[Tensor, "b t 3 h w"]) -> Float[Tensor, "b t 3 h w"]:
         rows = window.permute(0, 3, 2, 1, 4)  # b h 3 t w
         pale = (rows.amax(2) - rows.amin(2)).flatten(2).argsort(-1)
         pale = pale[:, :, None, : max(1, pale.shape[-1] // 3)].expand(-1, -1, 3, -1)
-        middle = lambda rest, pale=pale: rest.flatten(3).gather(-1, pale).median(-1).values.transpose(1, 2)[..., None]
-        apart = (middle(rows)[:, None] - studios.median(-1, keepdim=True).values).abs().mean((2, 3, 4))
-        cloud = clouds[apart.argmin(1)]  # b 3 h w
-        ground = middle(rows - cloud.transpose(1, 2)[:, :, :, None]) + cloud
+        apart = _middle(rows, pale)[:, None] - studios.median(-1, keepdim=True).values
+        cloud = clouds[apart.abs().mean((2, 3, 4)).argmin(1)]  # b 3 h w
+        ground = _middle(rows - cloud.transpose(1, 2)[:, :, :, None], pale) + cloud
         grounds.append(ground[:, None].expand(window.shape))
     return torch.cat(grounds, 1)
+
+
+def _middle(rows: Float[Tensor, "b h 3 t w"], which: Int[Tensor, "b h 3 n"]) -> Float[Tensor, "b 3 h 1"]:
+    """The median of some pixels of each row."""
+    return rows.flatten(3).gather(-1, which).median(-1).values.transpose(1, 2)[..., None]
 
 
 def _unmix(video: Float[Tensor, "b t 3 h w"]) -> tuple[Float[Tensor, "b t 6 h w"], Float[Tensor, "b t 6 h w"]]:
     """Coverage by each colour if it alone lay over the background, and the distance in RGB that remains."""
     ground = _ground(video)
     covers, errors = [], []
-    dot = lambda a, b: (a * b).sum(2)
-    pg, gg = dot(video, ground), dot(ground, ground)
+    pg, gg = _dot(video, ground), _dot(ground, ground)
     for colour in COLOURS.values():
         paint = video.new_tensor(colour)[:, None, None]
-        pc, gc, cc = dot(video, paint), dot(ground, paint), (paint * paint).sum()
+        pc, gc, cc = _dot(video, paint), _dot(ground, paint), (paint * paint).sum()
         # Least squares for p = u ground + v colour; the shade v / (1 - u) is then kept to what the light can do.
         scale = (gg * cc - gc * gc).clamp(min=1e-6)
         u, v = (pg * cc - pc * gc) / scale, (pc * gg - pg * gc) / scale
         shade = (v / (1 - u).clamp(min=0.05)).clamp(AMBIENT, 1.05)
         over = shade[:, :, None] * paint - ground
-        cover = (dot(video - ground, over) / dot(over, over).clamp(min=1e-6)).clamp(0, 1)
+        cover = (_dot(video - ground, over) / _dot(over, over).clamp(min=1e-6)).clamp(0, 1)
         covers.append(cover)
         errors.append((video - ground - cover[:, :, None] * over).norm(dim=2))
     return torch.stack(covers, 2), torch.stack(errors, 2)
+
+
+def _dot(a: Tensor, b: Tensor) -> Tensor:
+    return (a * b).sum(2)
 
 
 def _kept(
@@ -201,8 +213,8 @@ def _overlap(
     fine = torch.round((at - 0.5) * _FINE).long()  # in quarters of a pixel, from the middle of pixel 0
     base, phase = fine.div(_FINE, rounding_mode="floor"), fine % _FINE
     side = min(height, width)
-    nearest = lambda value, length: ((value - length / 2) / side * 4).round().clamp(-1, 1).long() + 1
-    where = nearest(at[:, 1], height) * len(_PLACES) + nearest(at[:, 0], width)
+    column, row = ((at - at.new_tensor([width, height]) / 2) / side * 4).round().clamp(-1, 1).long().unbind(-1)
+    where = (row + 1) * len(_PLACES) + column + 1
     # Beyond the picture, and where another colour lies, nothing can be said.
     free = F.pad(coverage.sum(2), (reach,) * 4, value=1.0)
     own = F.pad(coverage, (reach,) * 4)
@@ -216,7 +228,10 @@ def _overlap(
         part = slice(begin, begin + 512)
         template = bank[where[part], :, phase[part, 1] * _FINE + phase[part, 0]]
         seen, w = mine[part, None], weight[part, None]
-        both, either = (torch.minimum(seen, template) * w).sum((-2, -1)), (torch.maximum(seen, template) * w).sum((-2, -1))
+        both, either = (
+            (torch.minimum(seen, template) * w).sum((-2, -1)),
+            (torch.maximum(seen, template) * w).sum((-2, -1)),
+        )
         found.append((both / either.clamp(min=1e-6)).unflatten(1, (len(WORDS), -1)).amax(-1))
     return torch.cat(found) if found else coverage.new_zeros(0, len(WORDS))
 
@@ -274,9 +289,7 @@ def _studios(height: int, width: int) -> Float[Tensor, "studios 3 h w"]:
     return _trace([_alone(studio(number)) for number in range(len(STUDIOS))], "rgb", height, width, 2)
 
 
-def score(
-    video: Float[Tensor, "b t 3 h w"], captions: list[str], frames: int = 16
-) -> dict[str, float]:
+def score(video: Float[Tensor, "b t 3 h w"], captions: list[str], frames: int = 16) -> dict[str, float]:
     """How well clips in [0, 1] show what their captions say, by `detect`; shares are of 1, higher is better.
 
     identity: share of frames in which every named object is there in its colour and its shape (overlap with a
@@ -291,30 +304,34 @@ def score(
     background: share of clips whose background is that of one of the studios, within 0.04 on average.
     drift: identity of the last quarter of the frames less that of the first; below 0 when objects are lost.
 
-    On true clips of 32x32 pixels: see the table in the tests; at 16x16 shapes are harder (see the tests too).
+    What cannot be measured, since nothing was found, is 0. On 256 true clips each of one shape and of two:
+
+    pixels  shapes  identity  identity_clip  colour_set  direction  speed_ratio  jitter
+    32x32   one     1.000     1.000          1.000       1.000      1.03         0.14
+    32x32   two     0.999     1.000          1.000       0.996      1.05         0.08
+    16x16   one     0.997     1.000          1.000       1.000      1.03         0.18
+    16x16   two     0.935     0.949          0.980       0.977      1.05         0.10
+
+    The jitter of true clips is that of their 2x2 samples a pixel.
     """
-    if len(video) != len(captions):
+    if not captions or len(video) != len(captions):
         raise InputError(f"{len(video)} clips need as many captions, not {len(captions)}")
     wanted = [parse_caption(text) for text in captions]
+    video = _legal(video)
     found = detect(video)
     side = min(video.shape[-2:])
-    rows = [_clip(found, b, wanted[b], side, frames) for b in range(len(video))]
+    clips = [_clip(found, b, wanted[b], side, frames) for b in range(len(video))]
+    per = {name: np.concatenate([np.atleast_1d(clip[name]) for clip in clips]) for name in clips[0]}
     flicker, background = _backdrop(video, found)
-    total = lambda name: float(np.nansum(np.concatenate([np.atleast_1d(row[name]) for row in rows])))
-    mean = lambda name: _mean(np.concatenate([np.atleast_1d(row[name]) for row in rows]))
-    last = _mean(np.concatenate([row["identity"][-max(1, len(row["identity"]) // 4) :] for row in rows]))
-    first = _mean(np.concatenate([row["identity"][: max(1, len(row["identity"]) // 4)] for row in rows]))
+    quarter = max(1, video.shape[1] // 4)
+    identity = per["identity"].reshape(len(video), -1)
     return {
-        "identity": mean("identity"),
-        "identity_clip": mean("identity_clip"),
-        "shape": mean("shape"),
-        "colour_set": mean("colour_set"),
-        "direction": mean("direction"),
-        "speed_ratio": total("speed") / max(total("pace"), 1e-9),
-        "jitter": mean("jitter"),
+        **{name: _mean(per[name]) for name in ("identity", "identity_clip", "shape", "colour_set", "direction")},
+        "speed_ratio": float(np.nansum(per["speed"]) / max(per["pace"].sum(), 1e-9)),
+        "jitter": _mean(per["jitter"]),
         "flicker": flicker,
         "background": background,
-        "drift": last - first,
+        "drift": _mean(identity[:, -quarter:]) - _mean(identity[:, :quarter]),
     }
 
 
@@ -349,7 +366,9 @@ def _clip(found: Found, b: int, wanted: list[Wanted], side: int, frames: int) ->
         if want.moves is not None:
             axis, _ = _AXES[want.moves]
             speeds.append(np.linalg.norm(velocity))
-            paces.append(_REACH / frames * (0.5 if axis else 1.0) * side * TOY_FOCAL / np.linalg.norm(TOY_EYE - TOY_TARGET))
+            paces.append(
+                _REACH / frames * (0.5 if axis else 1.0) * side * TOY_FOCAL / np.linalg.norm(TOY_EYE - TOY_TARGET)
+            )
     return {
         "identity": identity,
         "identity_clip": float(_mean(identity) >= 0.75),
@@ -407,9 +426,11 @@ def _backdrop(video: Float[Tensor, "b t 3 h w"], found: Found) -> tuple[float, f
     both = free[:, 1:] * free[:, :-1]
     flicker = ((video[:, 1:] - video[:, :-1]).abs() * both).sum() / (3 * both.sum()).clamp(min=1)
     studios = _studios(*video.shape[-2:]).to(video.device)
-    apart = [((video - picture).abs() * free).sum((1, 2, 3, 4)) / (3 * free.sum((1, 2, 3, 4))).clamp(min=1)
+    # The mean over time, so that noise is flicker and not another place.
+    weight = free.sum(1)
+    apart = [((video - picture) * free).sum(1).abs().sum((1, 2, 3)) / (3 * weight.sum((1, 2, 3))).clamp(min=1)
              for picture in studios]  # fmt: skip
-    true = (torch.stack(apart).amin(0) < TOLERANCE) & (free.sum((1, 2, 3, 4)) > 0)
+    true = (torch.stack(apart).amin(0) < TOLERANCE) & (weight.sum((1, 2, 3)) > 0)
     return float(flicker), float(true.float().mean())
 
 
