@@ -8,7 +8,7 @@ from frameloom.errors import InputError
 from frameloom.world import World
 from frameloom.world.detector import COLOUR_NAMES, WORDS, Wanted, _studios, detect, parse_caption, period, score, seam
 
-CLIPS = 10
+CLIPS = 8
 
 
 @pytest.fixture(autouse=True)

@@ -7,7 +7,7 @@ overlap. Hard masks lose the shapes of the small ones; nothing here is learned.
 """
 
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from functools import lru_cache
 from itertools import product
 
@@ -29,7 +29,7 @@ from frameloom.world.kinds import (
     studio,
     toy_form,
 )
-from frameloom.world.render import AMBIENT, Renderer, gather, place
+from frameloom.world.render import AMBIENT, Parts, Renderer, gather, place
 from frameloom.world.scene import COLOURS, PLAIN, Body, Part, Scene, Surface, fixed
 
 COLOUR_NAMES = tuple(COLOURS)
@@ -106,7 +106,7 @@ class Found:
 def detect(video: Float[Tensor, "b t 3 h w"]) -> Found:
     """Coverage, place and shape of each colour in every frame of clips in [0, 1], of any length."""
     parts = [_detect(few) for few in video.split(16)]
-    return Found(**{name: torch.cat([getattr(part, name) for part in parts]) for name in Found.__annotations__})
+    return Found(**{field.name: torch.cat([getattr(part, field.name) for part in parts]) for field in fields(Found)})
 
 
 def _legal(video: Float[Tensor, "b t 3 h w"]) -> Float[Tensor, "b t 3 h w"]:
@@ -228,10 +228,8 @@ def _overlap(
         part = slice(begin, begin + 512)
         template = bank[where[part], :, phase[part, 1] * _FINE + phase[part, 0]]
         seen, w = mine[part, None], weight[part, None]
-        both, either = (
-            (torch.minimum(seen, template) * w).sum((-2, -1)),
-            (torch.maximum(seen, template) * w).sum((-2, -1)),
-        )
+        both = (torch.minimum(seen, template) * w).sum((-2, -1))
+        either = (torch.maximum(seen, template) * w).sum((-2, -1))
         found.append((both / either.clamp(min=1e-6)).unflatten(1, (len(WORDS), -1)).amax(-1))
     return torch.cat(found) if found else coverage.new_zeros(0, len(WORDS))
 
@@ -243,7 +241,7 @@ def _trace(scenes: list[Scene], output: str, height: int, width: int, supersampl
     parts = gather(scenes)
     made = []
     for n in range(len(scenes)):
-        one = type(parts)(*(getattr(parts, name)[n : n + 1] for name in parts.__annotations__))
+        one = Parts(*(getattr(parts, field.name)[n : n + 1] for field in fields(Parts)))
         matrices = place(scenes[n : n + 1], camera[n : n + 1], times, one.shapes.shape[1])[0, 0]
         renderer = Renderer(matrices, one, np.array([TOY_FOCAL]), height, width, torch.device("cpu"))
         made.append(renderer.rows(slice(0, 1), {output}, supersample, np.zeros(1, int), np.zeros(1, int))[output])

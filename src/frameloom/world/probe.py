@@ -60,16 +60,19 @@ class Probe(nn.Module):
         self.register_buffer("spread", torch.ones(size))
 
     def measure(self, video: Float[Tensor, "b t 3 h w"]) -> Float[Tensor, "b d"]:
-        """Look (mean of the shallow channels: 24), pace (mean of their change from frame to frame: 24), story (16)."""
+        """Look (mean of the shallow channels: 24), pace (how much they change between frames: 24), story (16).
+
+        The pace is a logarithm, and of 8x8 pixels of the picture at once, or a little grain would outweigh all else.
+        """
         frames = video.flatten(0, 1)
         if frames.shape[-2:] != (SIDE, SIDE):
             frames = F.interpolate(frames, (SIDE, SIDE), mode="bilinear", antialias=True)
         shallow = self.shallow(2 * frames - 1)
-        look = shallow.unflatten(0, video.shape[:2])
-        pace = look.diff(dim=1).abs().sum(1) / max(1, video.shape[1] - 1)
+        coarse = F.avg_pool2d(shallow, 4).unflatten(0, video.shape[:2])
+        pace = coarse.diff(dim=1).abs().sum(1).mean((-2, -1)) / max(1, video.shape[1] - 1)
         over_time = self.time(self.frame(self.deep(shallow)).unflatten(0, video.shape[:2]).transpose(1, 2))
         story = self.story(torch.cat([over_time.mean(-1), over_time.amax(-1)], -1))
-        return torch.cat([look.mean((1, 3, 4)), pace.mean((2, 3)), story], -1)
+        return torch.cat([coarse.mean((1, 3, 4)), (pace + 0.01).log(), story], -1)
 
     def features(self, video: Float[Tensor, "b t 3 h w"]) -> Float[Tensor, "b d"]:
         """64 numbers a clip, of mean 0 and deviation 1 over true clips; other sizes are brought to 32x32 pixels."""
@@ -138,6 +141,14 @@ def accuracy(probe: Probe, video: Float[Tensor, "b t 3 h w"], captions: list[str
             for k, name in enumerate(HEADS)}  # fmt: skip
 
 
+@torch.no_grad()
+def _standardise(probe: Probe, pools: list[CaptionedClips]) -> None:
+    """Give each feature mean 0 and deviation 1 over the first clips of the pools."""
+    true = torch.cat([probe.measure(part.read(range(256))[0]) for part in pools])
+    probe.centre.copy_(true.mean(0))
+    probe.spread.copy_(true.std(0).clamp(min=1e-3))
+
+
 def fit(out: Path, steps: int = 1400, size: int = 32, lr: float = 2e-3, seed: int = 0) -> Probe:
     """Train on the generators' own pools (AdamW, one cycle of the learning rate) and write the weights in float16."""
     pools = [pool(1, 1, 12_288), pool(2, 2, 12_288)]
@@ -156,10 +167,7 @@ def fit(out: Path, steps: int = 1400, size: int = 32, lr: float = 2e-3, seed: in
         schedule.step()
         if step % 100 == 0 or step + 1 == steps:
             print(f"step {step}  loss {loss.item():.3f}  {time.monotonic() - begun:.0f} s", flush=True)
-    with torch.no_grad():
-        true = torch.cat([probe.measure(part.read(range(256))[0]) for part in pools])
-        probe.centre.copy_(true.mean(0))
-        probe.spread.copy_(true.std(0).clamp(min=1e-3))
+    _standardise(probe, pools)
     out.mkdir(parents=True, exist_ok=True)
     save_file({name: value.half().contiguous() for name, value in probe.state_dict().items()},
               out / "model.safetensors")  # fmt: skip
