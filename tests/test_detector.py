@@ -1,5 +1,7 @@
 """The detector against the world's own clips, and against clips that are wrong in one known way."""
 
+import re
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -202,6 +204,12 @@ def test_a_second_object_that_is_missing_is_found_out(one):
     found = score(one[0], extra)
     assert found["identity"] == found["identity_clip"] == found["colour_set"] == 0
     assert 0.4 < found["shape"] < 0.6
+
+
+def test_an_object_that_nobody_named_is_found_out(two):
+    found = score(two[0], [re.split(" and | behind | in front of ", text)[0] for text in two[1]])
+    assert found["colour_set"] == 0
+    assert found["shape"] > 0.9
 
 
 def test_another_place_is_no_studio(one):
