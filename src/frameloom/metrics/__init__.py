@@ -1,6 +1,7 @@
 """Measures of pictures, flow and rate."""
 
 from frameloom.metrics.flow import endpoint_error, outlier_share
+from frameloom.metrics.frechet import frechet_distance, moments
 from frameloom.metrics.image import ms_ssim, psnr, psnr_of_mean, ssim
 from frameloom.metrics.rate import bd_rate, bits_per_pixel
 
@@ -8,6 +9,8 @@ __all__ = [
     "bd_rate",
     "bits_per_pixel",
     "endpoint_error",
+    "frechet_distance",
+    "moments",
     "ms_ssim",
     "outlier_share",
     "psnr",

@@ -189,6 +189,26 @@ STUDIOS = (
     (((0.96, 0.90, 0.82), (0.55, 0.72, 0.88)), (0.62, 0.58, 0.52)),
     (((0.86, 0.84, 0.92), (0.42, 0.46, 0.62)), (0.44, 0.47, 0.44)),
 )
+TOY_EYE, TOY_TARGET, TOY_FOCAL = np.array([0.0, 1.9, 7.4]), np.array([0.0, 1.15, 0.0]), 1.25
+TOY_LANES = (-1.3, 0.0, 1.3)
+
+
+def studio(number: int) -> list[Part]:
+    """The sky and the level ground of one of `STUDIOS`."""
+    sky, soil = STUDIOS[number]
+    return [
+        Part(SPHERE, 0, fixed(np.eye(3) * 60.0, np.zeros(3)), Surface(SKY, sky, 1 / 60.0, light=0.0)),
+        Part(PLANE, 0, fixed(LEVEL * 58.0, np.zeros(3)), Surface(PLAIN, (soil, soil), light=0.0)),
+    ]
+
+
+def toy_form(word: str, radius: float) -> tuple[int, np.ndarray, float]:
+    """Primitive, size and half length of a ball, box or capsule of toys that is `radius` high above its centre."""
+    return {
+        "ball": (SPHERE, np.eye(3) * radius, 0.0),
+        "box": (BOX, np.eye(3) * 0.9 * radius, 0.0),
+        "capsule": (CAPSULE, np.eye(3) * 0.5 * radius, 1.0),
+    }[word]
 
 
 def toys(rng: np.random.Generator, duration: float, fps: float, motion: float, count: int | None = None) -> Scene:
@@ -197,31 +217,21 @@ def toys(rng: np.random.Generator, duration: float, fps: float, motion: float, c
     Large in the picture and seen squarely, so that 32 pixels are enough to tell a ball from a box: what the small
     generators learn to draw from words. `count` is 1 or 2 (either, when None).
     """
-    eye, target, focal = np.array([0.0, 1.9, 7.4]), np.array([0.0, 1.15, 0.0]), 1.25
-    camera = fixed_camera(eye, target)
+    camera = fixed_camera(TOY_EYE, TOY_TARGET)
     number = int(rng.integers(1, 3)) if count is None else count
-    sky, soil = STUDIOS[rng.integers(len(STUDIOS))]
+    parts = studio(int(rng.integers(len(STUDIOS))))
     while True:
         colours = rng.choice(list(COLOURS), number, replace=False)
-        lanes = rng.permutation([-1.3, 1.3])[:number] if number > 1 else [0.0]
+        lanes = rng.permutation(TOY_LANES[::2])[:number] if number > 1 else [TOY_LANES[1]]
         bodies = [Body("background")]
         bodies += [_toy(rng, str(colours[i]), float(lanes[i]), duration, moves=i == 0) for i in range(number)]
-        if _clear(bodies[1:], camera, focal, duration):
+        if _clear(bodies[1:], camera, TOY_FOCAL, duration):
             break
-    parts = [
-        Part(SPHERE, 0, fixed(np.eye(3) * 60.0, np.zeros(3)), Surface(SKY, sky, 1 / 60.0, light=0.0)),
-        Part(PLANE, 0, fixed(LEVEL * 58.0, np.zeros(3)), Surface(PLAIN, (soil, soil), light=0.0)),
-    ]
     for index, body in enumerate(bodies[1:], 1):
-        radius, plain = body.radius, painted(rng, str(body.colour), body.radius, PLAIN)
-        form = {
-            "ball": (SPHERE, np.eye(3) * radius, 0.0),
-            "box": (BOX, np.eye(3) * 0.9 * radius, 0.0),
-            "capsule": (CAPSULE, np.eye(3) * 0.5 * radius, 1.0),
-        }
-        shape, linear, half = form[body.word]
+        plain = painted(rng, str(body.colour), body.radius, PLAIN)
+        shape, linear, half = toy_form(body.word, body.radius)
         parts.append(Part(shape, index, moving(linear, body.centre), plain, half=half))
-    return Scene("toys", parts, bodies, camera, focal, duration, pivot=target)
+    return Scene("toys", parts, bodies, camera, TOY_FOCAL, duration, pivot=TOY_TARGET)
 
 
 def _toy(rng: np.random.Generator, colour: str, lane: float, duration: float, moves: bool) -> Body:
