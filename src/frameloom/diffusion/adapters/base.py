@@ -5,7 +5,7 @@ them, raw output to `Prediction`. A leaf gives `call`.
 """
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import cached_property
 
 import torch
@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from frameloom.diffusion.adapters.places import places
 from frameloom.diffusion.cond import Cond
+from frameloom.diffusion.context import current
 from frameloom.diffusion.denoiser import Latent, Site
 from frameloom.diffusion.paths import Path
 from frameloom.diffusion.predict import Prediction, to_prediction
@@ -36,7 +37,21 @@ class Adapter:
         raise NotImplementedError
 
     def __call__(self, x: Tensor, t: Tensor, cond: Cond) -> Prediction:
-        return to_prediction(self.kind, self.call(x, t, cond), x, t, self.path)
+        with self._cache():
+            output = self.call(x, t, cond)
+        return to_prediction(self.kind, output, x, t, self.path)
+
+    def _cache(self) -> AbstractContextManager:
+        """Where a cache of diffusers' own is switched on, what it wants to know: the branch, and when a run begins."""
+        ctx = current()
+        if not getattr(self.host, "is_cache_enabled", False):
+            return nullcontext()
+        if ctx is None:
+            return self.host.cache_context("cond")
+        if not ctx.state.setdefault((id(self), "cache"), False):
+            self.host._reset_stateful_cache()
+            ctx.state[id(self), "cache"] = True
+        return self.host.cache_context(ctx.branch, step_index=ctx.i, num_inference_steps=ctx.n)
 
     def sites(self, kind: str) -> Iterator[Site]:
         """The host's modules of that kind, in the order in which they run."""
