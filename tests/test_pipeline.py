@@ -6,18 +6,12 @@ import shutil
 import pytest
 import torch
 from diffusers import FirstBlockCacheConfig, PyramidAttentionBroadcastConfig
-from PIL import Image
 
 from frameloom.diffusion.guide import CFG
 from frameloom.diffusion.pipeline import load_pipeline
 from frameloom.diffusion.run import sample
 from frameloom.errors import InputError
-from tiny_pipelines import MAKERS, saved
-
-PROMPTS = ["a red circle moves", "blue"]
-STEPS, W = 5, 4.0
-# diffusers' pipelines with channels before frames.
-CHANNELS_FIRST = ("TextToVideoSDPipeline", "AnimateDiffPipeline", "LattePipeline", "WanPipeline")
+from tiny_pipelines import MAKERS, PROMPTS, run_ours, run_theirs, saved, start
 
 
 @pytest.fixture(scope="module")
@@ -45,66 +39,11 @@ def loaded(folders):
     return get
 
 
-def as_pictures(pictures):
-    """What their pipeline resizes for CLIP as it does for everybody."""
-    return [Image.fromarray((one.permute(1, 2, 0) * 255).round().byte().numpy()) for one in pictures]
-
-
-def run_theirs(made, noise, picture, seed, output="latent"):
-    """diffusers' own pipeline, from the same noise, to latents (or "pt", a video) in our order."""
-    name, pipe = made.name, made.pipe
-    pipe.set_progress_bar_config(disable=True)
-    given = {"num_inference_steps": STEPS, "output_type": output, "return_dict": False, "guidance_scale": W,
-             "height": made.height, "width": made.width}  # fmt: skip
-    if name == "StableVideoDiffusionPipeline":
-        del given["guidance_scale"]
-        given |= {"image": as_pictures(picture), "max_guidance_scale": 3.0}
-    else:
-        given["prompt"] = PROMPTS
-    if name == "CogVideoXImageToVideoPipeline":
-        given["image"] = picture
-    if name == "LattePipeline":
-        given["video_length"] = made.frames
-        del given["return_dict"]
-    elif name != "StableDiffusionPipeline":
-        given["num_frames"] = made.frames
-    if picture is not None:
-        given["generator"] = torch.Generator().manual_seed(seed)
-    arrange = {
-        "StableDiffusionPipeline": lambda x: x[:, 0],
-        "LTXPipeline": lambda x: x.permute(0, 1, 3, 4, 2).flatten(1, 3),
-    } | dict.fromkeys(CHANNELS_FIRST, lambda x: x.transpose(1, 2))
-    found = pipe(latents=arrange.get(name, lambda x: x)(noise), **given)
-    found = found.frames if hasattr(found, "frames") else found if isinstance(found, torch.Tensor) else found[0]
-    if name == "StableDiffusionPipeline":
-        return found[:, None]
-    if output == "pt":
-        return found
-    if name == "LTXPipeline":
-        return found.unflatten(1, noise.shape[1:2] + noise.shape[3:]).permute(0, 1, 4, 2, 3)
-    return found.transpose(1, 2) if name in CHANNELS_FIRST else found
-
-
-def run_ours(made, noise, picture, seed):
-    cond = made.text(PROMPTS)
-    if made.needs_image:
-        cond = made.image(picture, cond, seed=seed)
-    guide = made.guide if made.name == "StableVideoDiffusionPipeline" else CFG(W)
-    return sample(made.denoiser, made.start(noise, STEPS), made.grid(STEPS), cond, guide=guide, step=made.step)[0]
-
-
-def start(made, batch=2):
-    """Noise, and a picture of 8 bits where the model wants one."""
-    torch.manual_seed(7)
-    noise = torch.randn(made.denoiser.latent.shape(batch))
-    return noise, torch.randint(256, (batch, 3, made.height, made.width)) / 255 if made.needs_image else None
-
-
 @pytest.mark.parametrize("name", MAKERS)
 def test_our_loop_gives_the_latents_of_the_published_pipeline(name, loaded):
     made = loaded(name)
     noise, picture = start(made)
-    ours, expected = run_ours(made, noise, picture, 3), run_theirs(made, noise, picture, 3)
+    ours, expected = run_ours(made, noise, picture), run_theirs(made, noise, picture)
     assert ours.shape == expected.shape
     error = ((ours - expected).abs().max() / expected.abs().max().clamp(min=1)).item()
     print(f"{name}: {error:.1e}")
@@ -115,9 +54,9 @@ def test_our_loop_gives_the_latents_of_the_published_pipeline(name, loaded):
 def test_the_video_is_that_of_the_published_pipeline(name, loaded):
     made = loaded(name)
     noise, picture = start(made)
-    video = made.decode(run_ours(made, noise, picture, 3), chunk=2 if name in ("latte", "animatediff") else 8)
+    video = made.decode(run_ours(made, noise, picture), chunk=2 if name in ("latte", "animatediff") else 8)
     assert video.shape == (2, made.frames, 3, made.height, made.width)
-    torch.testing.assert_close(video, run_theirs(made, noise, picture, 3, "pt").float(), atol=1e-4, rtol=0)
+    torch.testing.assert_close(video, run_theirs(made, noise, picture, output="pt").float(), atol=1e-4, rtol=0)
 
 
 @pytest.mark.parametrize("name", ["latte", "cogvideox", "wan", "ltx"])
@@ -158,7 +97,7 @@ def test_caches_of_diffusers_work_beside_our_hooks(loaded):
 
     def run(together=True):
         outer, inner = Counter(), Counter()
-        found, _ = sample(made.denoiser, noise, made.grid(6), cond, guide=CFG(W), together=together,
+        found, _ = sample(made.denoiser, noise, made.grid(6), cond, guide=CFG(4.0), together=together,
                           hooks=[("block", outer), ("mlp", inner)])  # fmt: skip
         return found, outer.calls, inner.calls
 

@@ -1,4 +1,4 @@
-"""Tiny random pipelines of diffusers' real classes, made without a network."""
+"""Tiny random pipelines of diffusers' real classes, made without a network; run by diffusers and by us."""
 
 import string
 from pathlib import Path
@@ -20,6 +20,7 @@ from diffusers import (
     UNetSpatioTemporalConditionModel,
     WanTransformer3DModel,
 )
+from PIL import Image
 from transformers import (
     CLIPImageProcessor,
     CLIPTextConfig,
@@ -33,6 +34,9 @@ from transformers import (
     UMT5Config,
     UMT5EncoderModel,
 )
+
+from frameloom.diffusion.guide import CFG
+from frameloom.diffusion.run import sample
 
 SD = {"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012, "clip_sample": False}
 
@@ -199,3 +203,62 @@ def saved(name: str, folder: Path) -> Path:
                 torch.nn.init.normal_(parameter, std=0.1)
     pipe.save_pretrained(folder / name)
     return folder / name
+
+
+PROMPTS = ["a red circle moves", "blue"]
+W = 4.0
+# diffusers' pipelines with channels before frames.
+CHANNELS_FIRST = ("TextToVideoSDPipeline", "AnimateDiffPipeline", "LattePipeline", "WanPipeline")
+
+
+def start(made, batch=2):
+    """Noise, and a picture of 8 bits where the model wants one."""
+    torch.manual_seed(7)
+    noise = torch.randn(made.denoiser.latent.shape(batch))
+    return noise, torch.randint(256, (batch, 3, made.height, made.width)) / 255 if made.needs_image else None
+
+
+def as_pictures(pictures):
+    """What their pipeline resizes for CLIP as it does for everybody."""
+    return [Image.fromarray((one.permute(1, 2, 0) * 255).round().byte().numpy()) for one in pictures]
+
+
+def run_theirs(made, noise, picture, steps=5, seed=3, output="latent"):
+    """diffusers' own pipeline, from the same noise, to latents (or "pt", a video) in our order."""
+    name, pipe = made.name, made.pipe
+    pipe.set_progress_bar_config(disable=True)
+    given = {"num_inference_steps": steps, "output_type": output, "height": made.height, "width": made.width}
+    if name == "StableVideoDiffusionPipeline":
+        given |= {"image": as_pictures(picture), "max_guidance_scale": 3.0}
+    else:
+        given |= {"prompt": PROMPTS[: len(noise)], "guidance_scale": W}
+    if name == "CogVideoXImageToVideoPipeline":
+        given["image"] = picture
+    if name == "LattePipeline":
+        given["video_length"] = made.frames
+    elif name != "StableDiffusionPipeline":
+        given["num_frames"] = made.frames
+    if picture is not None:
+        given["generator"] = torch.Generator().manual_seed(seed)
+    arrange = {
+        "StableDiffusionPipeline": lambda x: x[:, 0],
+        "LTXPipeline": lambda x: x.permute(0, 1, 3, 4, 2).flatten(1, 3),
+    } | dict.fromkeys(CHANNELS_FIRST, lambda x: x.transpose(1, 2))
+    found = pipe(latents=arrange.get(name, lambda x: x)(noise), **given)
+    if name == "StableDiffusionPipeline":
+        return found.images[:, None]
+    if output == "pt":
+        return found.frames
+    if name == "LTXPipeline":
+        return found.frames.unflatten(1, noise.shape[1:2] + noise.shape[3:]).permute(0, 1, 4, 2, 3)
+    return found.frames.transpose(1, 2) if name in CHANNELS_FIRST else found.frames
+
+
+def run_ours(made, noise, picture, steps=5, seed=3):
+    cond = made.text(PROMPTS[: len(noise)])
+    if made.needs_image:
+        cond = made.image(picture, cond, seed=seed)
+    guide = made.guide if made.name == "StableVideoDiffusionPipeline" else CFG(W)
+    # diffusers runs the two branches of Wan one after the other.
+    return sample(made.denoiser, made.start(noise, steps), made.grid(steps), cond, guide=guide, step=made.step,
+                  together=made.name != "WanPipeline")[0]  # fmt: skip

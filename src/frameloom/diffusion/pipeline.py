@@ -1,5 +1,5 @@
-"""Published weights: a folder that diffusers saved (or a hub id) as a denoiser, with what turns words into conditions and
-latents into video. diffusers reads the parts; the sampling is ours.
+"""Published weights: a folder that diffusers saved (or a hub id) as a denoiser, with what turns words into conditions
+and latents into video. diffusers reads the parts; the sampling is ours.
 """
 
 import inspect
@@ -24,7 +24,7 @@ from frameloom.errors import InputError
 
 @dataclass(frozen=True)
 class Family:
-    """What all pipelines of a class have in common: their adapter, and sizes and guidance where nothing else says them."""
+    """What pipelines of a class have in common: their adapter, and sizes and guidance where nothing else says them."""
 
     adapter: str
     part: str
