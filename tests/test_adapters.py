@@ -289,6 +289,14 @@ def test_an_error_inside_a_call_with_times_per_frame_leaves_no_trace():
         assert not any(module._forward_pre_hooks or "forward" in module.__dict__ for module in host.modules())
 
 
+@pytest.mark.parametrize(("name", "most"), [("latte", 4), ("motion", 32)])
+def test_clips_longer_than_the_positions_are_refused(name, most):
+    adapter, _ = made(name)
+    x, t, cond = inputs(name)
+    with pytest.raises(InputError, match=f"{most} latent frames at a time; 33 were asked for"):
+        adapter(x[:, :1].repeat(1, 33, 1, 1, 1), t, cond)
+
+
 def test_one_time_for_all_frames_is_said_before_any_work():
     adapter, _ = made("cogvideox")
     x, _, cond = inputs("cogvideox")

@@ -96,6 +96,19 @@ def test_grids_end_where_the_scheduler_does():
     assert flow.tolist() == [1, 0.5, 0.25, 0]
 
 
+def test_flow_schedulers_of_other_names():
+    """As Wan is published: UniPC on a flow."""
+    scheduler = diffusers.UniPCMultistepScheduler(
+        prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=3.0
+    )
+    assert path_of(scheduler) == Flow()
+    assert prediction_of(scheduler) == "velocity"
+    grid = grid_of(scheduler, 4)
+    assert len(grid) == 5
+    assert grid[-1] == 0
+    torch.testing.assert_close(grid, torch.tensor([0.9997, 0.9, 0.75, 0.5, 0]).double(), atol=5e-3, rtol=0)
+
+
 def test_a_configuration_is_as_good_as_a_scheduler():
     config = {"_class_name": "DDIMScheduler", **SD, "rescale_betas_zero_snr": True}
     made = path_of(config)

@@ -71,6 +71,15 @@ def test_encode_is_the_inverse_of_decodes_scale(name, loaded):
     torch.testing.assert_close(made.decode(made.encode(video)), (there / 2 + 0.5).clamp(0, 1), atol=1e-4, rtol=0)
 
 
+@pytest.mark.parametrize("name", MAKERS)
+def test_half_precision(name, folders):
+    made = load_pipeline(str(folders(name)), dtype=torch.bfloat16, **MAKERS[name][1])
+    noise, picture = start(made, 1)
+    found = run_ours(made, noise, picture, steps=2)
+    assert found.dtype == torch.float32
+    assert torch.isfinite(made.decode(found.to(torch.bfloat16))).all()
+
+
 def test_sizes_and_words(loaded):
     made = loaded("cogvideox")
     assert (made.frames, made.height, made.width, made.fps, made.needs_image) == (9, 64, 64, 8, False)

@@ -129,10 +129,11 @@ def svd():
         feature_extractor=CLIPImageProcessor(crop_size=224, size=224))  # fmt: skip
 
 
-def cogvideox(image=False):
+def cogvideox(image=False, frames_by_two=False):
     transformer = CogVideoXTransformer3DModel(
         num_attention_heads=4, attention_head_dim=16, in_channels=8 if image else 4, out_channels=4, time_embed_dim=2,
         text_embed_dim=32, num_layers=2, sample_width=8, sample_height=8, sample_frames=9, patch_size=2,
+        patch_size_t=2 if frames_by_two else None, patch_bias=not frames_by_two,
         temporal_compression_ratio=4, max_text_seq_length=226, use_rotary_positional_embeddings=True,
         use_learned_positional_embeddings=image,
     )  # fmt: skip
@@ -152,15 +153,26 @@ def cogvideox_image():
     return cogvideox(image=True)
 
 
-def wan():
-    transformer = WanTransformer3DModel(patch_size=(1, 2, 2), num_attention_heads=2, attention_head_dim=12,
-                                        in_channels=16, out_channels=16, text_dim=32, freq_dim=32, ffn_dim=32,
-                                        num_layers=2, rope_max_seq_len=32)  # fmt: skip
+def cogvideox_by_two():
+    return cogvideox(frames_by_two=True)
+
+
+def wan_transformer():
+    return WanTransformer3DModel(patch_size=(1, 2, 2), num_attention_heads=2, attention_head_dim=12, in_channels=16,
+                                 out_channels=16, text_dim=32, freq_dim=32, ffn_dim=32, num_layers=2,
+                                 rope_max_seq_len=32)  # fmt: skip
+
+
+def wan(**options):
     vae = AutoencoderKLWan(base_dim=3, z_dim=16, dim_mult=[1, 1, 1, 1], num_res_blocks=1,
                            temperal_downsample=[False, True, True])  # fmt: skip
-    return diffusers.WanPipeline(vae=vae, transformer=transformer,
-                                 scheduler=diffusers.FlowMatchEulerDiscreteScheduler(shift=7.0),
+    scheduler = diffusers.FlowMatchEulerDiscreteScheduler(shift=7.0)
+    return diffusers.WanPipeline(vae=vae, transformer=wan_transformer(), scheduler=scheduler, **options,
                                  **t5_text(UMT5EncoderModel, UMT5Config))  # fmt: skip
+
+
+def wan_two():
+    return wan(transformer_2=wan_transformer(), boundary_ratio=0.9)
 
 
 def ltx():
@@ -188,7 +200,9 @@ MAKERS = {
     "svd": (svd, {}),
     "cogvideox": (cogvideox, {}),
     "cogvideox-image": (cogvideox_image, {}),
+    "cogvideox-1.5": (cogvideox_by_two, {}),
     "wan": (wan, {"frames": 9, "height": 64, "width": 64}),
+    "wan-2.2": (wan_two, {"frames": 9, "height": 64, "width": 64}),
     "ltx": (ltx, {"frames": 9, "height": 32, "width": 32}),
 }
 

@@ -83,8 +83,6 @@ def load_pipeline(
         pipe = getattr(diffusers, name).from_pretrained(where, local_files_only=File(where).is_dir(), **given)
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise InputError(f"--weights {where}: {str(error).strip().splitlines()[0]}") from error
-    if getattr(pipe, "transformer_2", None) is not None:
-        raise InputError(f"--weights {where}: a pipeline of two transformers cannot be driven yet")
     return Pipeline(pipe.to(device), name, frames, height, width)
 
 
@@ -156,6 +154,10 @@ class Pipeline:
     def _adapter(self, host: Any) -> Adapter:
         module, kind = self.family.adapter.split(".")
         make = getattr(import_module(f"frameloom.diffusion.adapters.{module}"), kind)
+        if (low := getattr(self.pipe, "transformer_2", None)) is not None:
+            from frameloom.diffusion.adapters.wan import TwoWan
+
+            return TwoWan(host, low, self.pipe.config.boundary_ratio, prediction_of(self.scheduler))
         made = make(host, path_of(self.scheduler), prediction_of(self.scheduler))
         if module == "ltx":
             spatial, temporal = self._ratios()

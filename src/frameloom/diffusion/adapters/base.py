@@ -18,6 +18,7 @@ from frameloom.diffusion.context import current
 from frameloom.diffusion.denoiser import Latent, Site
 from frameloom.diffusion.paths import Path
 from frameloom.diffusion.predict import Prediction, to_prediction
+from frameloom.errors import InputError
 
 
 class Adapter:
@@ -76,6 +77,14 @@ class Adapter:
         finally:
             for handle in handles:
                 handle.remove()
+
+
+def check_frames(x: Float[Tensor, "b t c h w"], most: int, exact: bool = False) -> None:
+    """Raises InputError for clips longer than a host's positions in time (or of another length, where `exact`)."""
+    frames = x.shape[1]
+    if frames > most or (exact and frames not in (1, most)):
+        raise InputError(f"--frames: this model makes {'' if exact else 'at most '}{most} latent frames at a time; "
+                         f"{frames} were asked for")  # fmt: skip
 
 
 def index(t: Tensor) -> Tensor:

@@ -6,7 +6,7 @@ from functools import partial
 
 from torch import Tensor, nn
 
-from frameloom.diffusion.adapters.base import Adapter, index, swap_channels
+from frameloom.diffusion.adapters.base import Adapter, check_frames, index, swap_channels
 from frameloom.diffusion.cond import Cond
 from frameloom.diffusion.denoiser import Latent
 from frameloom.diffusion.hooks import patched
@@ -28,6 +28,7 @@ class Latte(Adapter):
         super().__init__(host, path, kind, Latent(channels, config.video_length, size, size, per_frame))
 
     def call(self, x: Tensor, t: Tensor, cond: Cond) -> Tensor:
+        check_frames(x, self.host.config.video_length, exact=True)
         video, at = swap_channels(x).to(self.host.dtype), index(t)
         given = {"encoder_hidden_states": cond["text"]}
         if (mask := cond.get("text_mask")) is not None:  # as the bias that the host's attention adds, one per frame
