@@ -76,7 +76,7 @@ def load_pipeline(
     name = index.get("_class_name")
     if name not in FAMILIES:
         raise InputError(f"--weights {where}: {name} cannot be driven; this must be one of {', '.join(FAMILIES)}")
-    given: dict[str, Any] = {"torch_dtype": dtype, "use_safetensors": True}
+    given: dict[str, Any] = {"dtype": dtype, "use_safetensors": True}
     if "safety_checker" in index:
         given |= {"safety_checker": None, "requires_safety_checker": False}
     try:
@@ -283,14 +283,11 @@ class Pipeline:
         """Mean and scale by which the network's latents differ from the VAE's."""
         vae = self.pipe.vae
         scale = vae.config.get("scaling_factor") or 1.0
-        mean, deviation = (
-            getattr(vae, name, None) if isinstance(getattr(vae, name, None), Tensor) else vae.config.get(name)
-            for name in ("latents_mean", "latents_std")
-        )
+        buffers = dict(vae.named_buffers(recurse=False))
+        mean, deviation = (buffers.get(name, vae.config.get(name)) for name in ("latents_mean", "latents_std"))
         if mean is None or deviation is None:
             return vae.config.get("shift_factor") or 0.0, scale
-        shaped = (torch.as_tensor(value).to(like)[:, None, None] for value in (mean, deviation))
-        mean, deviation = shaped
+        mean, deviation = (torch.as_tensor(value).to(like)[:, None, None] for value in (mean, deviation))
         return mean, scale / deviation
 
     def grid(self, n: int) -> Tensor:

@@ -56,11 +56,11 @@ class Adapter:
 
     def sites(self, kind: str) -> Iterator[Site]:
         """The host's modules of that kind, in the order in which they run."""
-        return places(self.host, kind)
+        return (site for site in self._places if site.kind == kind)
 
     @cached_property
-    def _resnets(self) -> list[nn.Module]:
-        return [site.module for site in self.sites("resnet")]
+    def _places(self) -> list[Site]:
+        return list(places(self.host))
 
     @contextmanager
     def _frame_embedding(self, embedding: Float[Tensor, "bt d"]) -> Iterator[None]:
@@ -71,7 +71,7 @@ class Adapter:
                 return args, kwargs | {"temb": embedding}
             return (args[0], embedding, *args[2:]), kwargs
 
-        handles = [module.register_forward_pre_hook(swap, with_kwargs=True) for module in self._resnets]
+        handles = [site.module.register_forward_pre_hook(swap, with_kwargs=True) for site in self.sites("resnet")]
         try:
             yield
         finally:

@@ -84,12 +84,13 @@ def kind_of(name: str, module: nn.Module, flat: bool) -> str | None:
     return None
 
 
-def places(host: nn.Module, kind: str) -> Iterator[Site]:
-    """The sites of one kind, in the order in which they run."""
+def places(host: nn.Module) -> Iterator[Site]:
+    """All sites of a host, in the order in which they run."""
     flat = not hasattr(host, "down_blocks") and not hasattr(host, "temporal_transformer_blocks")
     deepest = len(getattr(host, "down_blocks", [0])) - 1
     for name, module in running_order(host):
-        if kind_of(name, module, flat) != kind:
+        kind = kind_of(name, module, flat)
+        if kind is None:
             continue
         stage, level = "mid", 0
         if found := re.match(r"(down|up)_blocks\.(\d+)", name):
