@@ -98,7 +98,10 @@ def start_of(scheduler: Any, n: int) -> float:
 
 
 def step_of(scheduler: Any) -> Step:
-    """The solver that a scheduler is. Those that have no equal here are taken by DPM-Solver++ (2M)."""
+    """The solver that a scheduler is. Those that have no equal here are taken by DPM-Solver++ (2M).
+
+    `clip_sample` and `thresholding` are not taken over: they are for pixels, not for latents.
+    """
     made = scheduler_of(scheduler)
     name = type(made).__name__
     if name in ("DDPMScheduler", "EulerAncestralDiscreteScheduler"):
