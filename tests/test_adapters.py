@@ -232,13 +232,14 @@ def _exists(adapter, where):
 
 EXPECTED = {
     "unet3d": {"spatial_self", "spatial_cross", "temporal_self", "temporal_conv", "conv", "norm", "mlp", "block",
+               "temporal_block", "resnet"},
+    "motion": {"spatial_self", "spatial_cross", "temporal_self", "conv", "norm", "mlp", "block", "temporal_block",
                "resnet"},
-    "motion": {"spatial_self", "spatial_cross", "temporal_self", "conv", "norm", "mlp", "block", "resnet"},
     "unet2d": {"spatial_self", "spatial_cross", "conv", "norm", "mlp", "block", "resnet"},
     "labelled": {"spatial_self", "conv", "norm", "block", "resnet"},
-    "latte": {"spatial_self", "spatial_cross", "temporal_self", "conv", "norm", "mlp", "block"},
+    "latte": {"spatial_self", "spatial_cross", "temporal_self", "conv", "norm", "mlp", "block", "temporal_block"},
     "svd": {"spatial_self", "spatial_cross", "temporal_self", "temporal_cross", "temporal_conv", "conv", "norm", "mlp",
-            "block", "resnet"},
+            "block", "temporal_block", "resnet"},
     "cogvideox": {"full_self", "conv", "norm", "mlp", "block"},
     "wan": {"full_self", "spatial_cross", "conv", "norm", "mlp", "block"},
     "ltx": {"full_self", "spatial_cross", "norm", "mlp", "block"},
@@ -287,6 +288,23 @@ def test_an_error_inside_a_call_with_times_per_frame_leaves_no_trace():
         with pytest.raises(RuntimeError, match="on purpose"), install(adapter, [("mlp", Recorder(fail=True))]):
             adapter.call(x, t[:, None].expand(-1, 4), cond)
         assert not any(module._forward_pre_hooks or "forward" in module.__dict__ for module in host.modules())
+
+
+def test_clips_longer_than_the_positions_are_refused():
+    adapter, _ = made("motion")
+    x, t, cond = inputs("motion")
+    with pytest.raises(InputError, match="32 latent frames at a time; 33 were asked for"):
+        adapter(x[:, :1].repeat(1, 33, 1, 1, 1), t, cond)
+
+
+def test_latte_goes_on_with_its_positions_for_longer_clips_and_leaves_its_table_as_it_was():
+    adapter, host = made("latte")
+    x, t, cond = inputs("latte")
+    table = host.temp_pos_embed
+    plain = adapter.call(x, t, cond)
+    assert adapter.call(x[:, :1].repeat(1, 9, 1, 1, 1), t, cond).shape[1] == 9
+    assert host.temp_pos_embed is table
+    assert torch.equal(adapter.call(x, t, cond), plain)
 
 
 def test_one_time_for_all_frames_is_said_before_any_work():

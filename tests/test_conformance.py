@@ -6,7 +6,7 @@ import torch
 
 from frameloom.diffusion.cond import Cond
 from frameloom.diffusion.denoiser import Latent, Plain
-from frameloom.diffusion.interop import grid_of, path_of, prediction_of, scheduler_for, scheduler_of, step_of
+from frameloom.diffusion.interop import grid_of, path_of, prediction_of, scheduler_for, scheduler_of, start_of, step_of
 from frameloom.diffusion.paths import EDM, VP, BrownianBridge, Flow
 from frameloom.diffusion.run import sample
 from frameloom.diffusion.step import Fresh, Universal
@@ -81,11 +81,7 @@ def test_our_loop_gives_what_the_scheduler_gives(name, n, network, noise):
             return network(x / (t**2 + 1).sqrt()[:, None, None, None, None].float(), 0.25 * t.log() / 1000)
         return network(x, t if isinstance(path, Flow) else (t - 1) / 1000)
 
-    start = noise * float(scheduler.init_noise_sigma) if isinstance(path, EDM) else noise
-    if name in ("euler", "euler-karras", "ancestral", "heun"):  # these start at x / a of theirs
-        sigma = scheduler.sigmas[0].double()
-        start = noise * float(scheduler.init_noise_sigma / (sigma**2 + 1).sqrt())
-    latent = Latent(3, 2, 4, 4)
+    latent, start = Latent(3, 2, 4, 4), noise * start_of(scheduler, n)
     found, _ = sample(Plain(host, path, kind, latent), start, grid, Cond(), step=step_of(scheduler), noise=Fresh(3))
     worst = (found - expected).abs().max() / expected.abs().max().clamp(min=1)
     assert worst < 1e-5, worst
@@ -98,6 +94,19 @@ def test_grids_end_where_the_scheduler_does():
     assert grid_of(euler, 2).tolist() == [1000, 500, 1]
     flow = grid_of(diffusers.FlowMatchEulerDiscreteScheduler(), 3, sigmas=[1.0, 0.5, 0.25])
     assert flow.tolist() == [1, 0.5, 0.25, 0]
+
+
+def test_flow_schedulers_of_other_names():
+    """As Wan is published: UniPC on a flow."""
+    scheduler = diffusers.UniPCMultistepScheduler(
+        prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=3.0
+    )
+    assert path_of(scheduler) == Flow()
+    assert prediction_of(scheduler) == "velocity"
+    grid = grid_of(scheduler, 4)
+    assert len(grid) == 5
+    assert grid[-1] == 0
+    torch.testing.assert_close(grid, torch.tensor([0.9997, 0.9, 0.75, 0.5, 0]).double(), atol=5e-3, rtol=0)
 
 
 def test_a_configuration_is_as_good_as_a_scheduler():

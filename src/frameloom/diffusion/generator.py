@@ -19,7 +19,8 @@ from torch import Tensor
 from frameloom.cards import cards
 from frameloom.diffusion.cond import Cond
 from frameloom.diffusion.denoiser import Denoiser
-from frameloom.diffusion.guide import CFG, Guide, Joint
+from frameloom.diffusion.guide import Guide
+from frameloom.diffusion.step import Step
 from frameloom.errors import InputError
 from frameloom.training.pretrained import load
 
@@ -31,15 +32,10 @@ DEFAULT = "loom"
 
 @dataclass(frozen=True)
 class Defaults:
-    """How a model likes to be sampled: steps, strength and form of guidance (`"cfg"` or `"joint"`), solver."""
+    """How a model likes to be sampled: in how many steps, and how strongly guided (1 or less: not at all)."""
 
     steps: int = 50
     guidance: float = 7.5
-    guide: str = "cfg"
-    solver: str = "ddim"
-
-    def guide_of(self, w: float) -> Guide:
-        return Joint(w) if self.guide == "joint" else CFG(w)
 
 
 @runtime_checkable
@@ -52,6 +48,7 @@ class Generator(Protocol):
     width: int
     fps: float
     defaults: Defaults
+    step: Step
     needs_image: bool
 
     def text(self, prompts: Sequence[str]) -> Cond:
@@ -66,7 +63,19 @@ class Generator(Protocol):
 
     def decode(self, latents: Tensor) -> Float[Tensor, "b t 3 h w"]: ...
 
+    def guided(self, w: float) -> Guide:
+        """The model's own form of guidance, at a strength above 1."""
+        ...
+
     def grid(self, steps: int) -> Tensor: ...
+
+    def start(self, noise: Tensor, steps: int) -> Tensor:
+        """Where a run begins: unit noise, as the path has it at the first time of the grid."""
+        ...
+
+    def latent_frames(self, frames: int) -> int:
+        """How many latent frames a video of `frames` has."""
+        ...
 
 
 def shipped_models() -> dict[str, str]:

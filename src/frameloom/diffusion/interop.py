@@ -85,8 +85,23 @@ def _end(scheduler: Any) -> Tensor:
     return torch.tensor([float(at_first)], dtype=torch.float64)
 
 
+def start_of(scheduler: Any, n: int) -> float:
+    """What unit noise is multiplied with to start a run of `n` steps on the path of the scheduler."""
+    made = scheduler_of(scheduler)
+    if _is_flow(made):
+        return 1.0
+    made.set_timesteps(n)
+    scale = float(getattr(made, "init_noise_sigma", 1.0))
+    # Schedulers of sigmas start in x / a of a VP path.
+    shrunk = hasattr(made, "is_scale_input_called") or type(made).__name__.startswith("Heun")
+    return scale if _is_edm(made) or not shrunk else scale / (1 + float(made.sigmas[0]) ** 2) ** 0.5
+
+
 def step_of(scheduler: Any) -> Step:
-    """The solver that a scheduler is. Those that have no equal here are taken by DPM-Solver++ (2M)."""
+    """The solver that a scheduler is. Those that have no equal here are taken by DPM-Solver++ (2M).
+
+    `clip_sample` and `thresholding` are not taken over: they are for pixels, not for latents.
+    """
     made = scheduler_of(scheduler)
     name = type(made).__name__
     if name in ("DDPMScheduler", "EulerAncestralDiscreteScheduler"):

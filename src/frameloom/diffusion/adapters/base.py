@@ -5,7 +5,7 @@ them, raw output to `Prediction`. A leaf gives `call`.
 """
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import cached_property
 
 import torch
@@ -14,9 +14,11 @@ from torch import Tensor, nn
 
 from frameloom.diffusion.adapters.places import places
 from frameloom.diffusion.cond import Cond
+from frameloom.diffusion.context import current
 from frameloom.diffusion.denoiser import Latent, Site
 from frameloom.diffusion.paths import Path
 from frameloom.diffusion.predict import Prediction, to_prediction
+from frameloom.errors import InputError
 
 
 class Adapter:
@@ -36,7 +38,21 @@ class Adapter:
         raise NotImplementedError
 
     def __call__(self, x: Tensor, t: Tensor, cond: Cond) -> Prediction:
-        return to_prediction(self.kind, self.call(x, t, cond), x, t, self.path)
+        with self._cache():
+            output = self.call(x, t, cond)
+        return to_prediction(self.kind, output, x, t, self.path)
+
+    def _cache(self) -> AbstractContextManager:
+        """Where a cache of diffusers' own is switched on, what it wants to know: the branch, and when a run begins."""
+        ctx = current()
+        if not getattr(self.host, "is_cache_enabled", False):
+            return nullcontext()
+        if ctx is None:
+            return self.host.cache_context("cond")
+        if not ctx.state.setdefault((id(self), "cache"), False):
+            self.host._reset_stateful_cache()
+            ctx.state[id(self), "cache"] = True
+        return self.host.cache_context(ctx.branch, step_index=ctx.i, num_inference_steps=ctx.n)
 
     def text_at_sites(self, text: Tensor) -> Tensor:
         """Text `(b, n, d)` of a condition as the host's cross-attention gets it."""
@@ -44,11 +60,11 @@ class Adapter:
 
     def sites(self, kind: str) -> Iterator[Site]:
         """The host's modules of that kind, in the order in which they run."""
-        return places(self.host, kind)
+        return (site for site in self._places if site.kind == kind)
 
     @cached_property
-    def _resnets(self) -> list[nn.Module]:
-        return [site.module for site in self.sites("resnet")]
+    def _places(self) -> list[Site]:
+        return list(places(self.host))
 
     @contextmanager
     def _frame_embedding(self, embedding: Float[Tensor, "bt d"]) -> Iterator[None]:
@@ -59,12 +75,19 @@ class Adapter:
                 return args, kwargs | {"temb": embedding}
             return (args[0], embedding, *args[2:]), kwargs
 
-        handles = [module.register_forward_pre_hook(swap, with_kwargs=True) for module in self._resnets]
+        handles = [site.module.register_forward_pre_hook(swap, with_kwargs=True) for site in self.sites("resnet")]
         try:
             yield
         finally:
             for handle in handles:
                 handle.remove()
+
+
+def check_frames(x: Float[Tensor, "b t c h w"], most: int) -> None:
+    """Raises InputError for clips longer than a host's positions in time."""
+    frames = x.shape[1]
+    if frames > most:
+        raise InputError(f"--frames: this model makes at most {most} latent frames at a time; {frames} were asked for")
 
 
 def index(t: Tensor) -> Tensor:

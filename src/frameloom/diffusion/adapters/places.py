@@ -84,15 +84,15 @@ def kind_of(name: str, module: nn.Module, flat: bool) -> str | None:
     return None
 
 
-def places(host: nn.Module, kind: str) -> Iterator[Site]:
-    """The sites of one kind, in the order in which they run."""
+def places(host: nn.Module) -> Iterator[Site]:
+    """All sites of a host, in the order in which they run."""
     flat = not hasattr(host, "down_blocks") and not hasattr(host, "temporal_transformer_blocks")
     deepest = len(getattr(host, "down_blocks", [0])) - 1
     for name, module in running_order(host):
-        if kind == "temporal_block":
-            if type(module).__name__ != "BasicTransformerBlock" or not _TEMPORAL.search(name):
-                continue
-        elif kind_of(name, module, flat) != kind:
+        kinds = [kind_of(name, module, flat)]
+        if type(module).__name__.endswith("BasicTransformerBlock") and _TEMPORAL.search(name):
+            kinds.append("temporal_block")
+        if not any(kinds):
             continue
         stage, level = "mid", 0
         if found := re.match(r"(down|up)_blocks\.(\d+)", name):
@@ -102,4 +102,4 @@ def places(host: nn.Module, kind: str) -> Iterator[Site]:
             level = deepest
         elif hasattr(host, "down_blocks"):
             stage = "up" if name.startswith(("conv_out", "conv_norm_out")) else "down"
-        yield Site(name, module, kind, stage, level)
+        yield from (Site(name, module, kind, stage, level) for kind in kinds if kind)

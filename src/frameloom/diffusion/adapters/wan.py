@@ -1,12 +1,15 @@
 """`WanTransformer3DModel` (Wan 2.1 and 2.2) as a denoiser: a rectified flow, text by cross-attention."""
 
+from collections.abc import Iterator
+from dataclasses import replace
+
 import torch
 from torch import Tensor, nn
 
 from frameloom.diffusion.adapters.base import Adapter, swap_channels
 from frameloom.diffusion.cond import Cond
-from frameloom.diffusion.denoiser import Latent
-from frameloom.diffusion.paths import Flow, Path
+from frameloom.diffusion.denoiser import Latent, Site
+from frameloom.diffusion.paths import Flow, Path, spread
 
 
 class Wan(Adapter):
@@ -31,3 +34,26 @@ class Wan(Adapter):
         found = self.host(swap_channels(x).to(self.host.dtype), at, cond["text"], cond.get("image_embeds"),
                           return_dict=False)[0]  # fmt: skip
         return swap_channels(found)
+
+
+class TwoWan(Wan):
+    """Wan 2.2: `host` for times from `boundary` up, a second transformer, `low`, for the rest of the way."""
+
+    def __init__(self, host: nn.Module, low: nn.Module, boundary: float, kind: str = "velocity") -> None:
+        super().__init__(host, kind=kind)
+        self.low, self.boundary = Wan(low, kind=kind), boundary
+
+    def call(self, x: Tensor, t: Tensor, cond: Cond) -> Tensor:
+        noisy = t >= self.boundary
+        if bool(noisy.all()):
+            return super().call(x, t, cond)
+        with self.low._cache():
+            found = self.low.call(x, t, cond)
+        if not bool(noisy.any()):
+            return found
+        return torch.where(spread(noisy, x).bool(), super().call(x, t, cond), found)
+
+    def sites(self, kind: str) -> Iterator[Site]:
+        yield from super().sites(kind)
+        for site in self.low.sites(kind):
+            yield replace(site, name=f"low.{site.name}")

@@ -18,7 +18,7 @@ from frameloom.cards import card, cards, chosen
 from frameloom.diffusion.cond import Cond
 from frameloom.diffusion.generator import Generator, fitted, open_generator
 from frameloom.diffusion.guide import Guide, Unguided
-from frameloom.diffusion.step import STEPS, step
+from frameloom.diffusion.step import STEPS, Step, step
 from frameloom.errors import InputError
 from frameloom.progress import Progress, silent
 from frameloom.video.clip import Clip, Frame, Info, Source
@@ -42,7 +42,7 @@ class Request:
     steps: int
     guidance: float
     seed: int
-    solver: str = "ddim"
+    solver: str | None = None
     given: Mapping[int, Tensor] = field(default_factory=dict)
 
     @property
@@ -54,7 +54,10 @@ class Request:
         return self.scenes[0][0]
 
     def guide(self, model: Generator) -> Guide:
-        return model.defaults.guide_of(self.guidance) if self.guidance > 1 else Unguided()
+        return model.guided(self.guidance) if self.guidance > 1 else Unguided()
+
+    def step(self, model: Generator) -> Step:
+        return step(self.solver) if self.solver else model.step
 
 
 @runtime_checkable
@@ -145,8 +148,8 @@ def settle(
     steps = model.defaults.steps if steps is None else steps
     if steps < 1:
         raise InputError(f"--steps {steps}: sampling takes 1 step or more")
-    solver = solver or model.defaults.solver
-    step(solver)
+    if solver:
+        step(solver)
     guidance = model.defaults.guidance if guidance is None else float(guidance)
     if 0 < guidance < 1:
         log.warning("guidance %g is below 1: the prompt counts for less than without guidance", guidance)
@@ -198,9 +201,9 @@ def given_latents(model: Generator, request: Request) -> tuple[Tensor, Tensor] |
         return None
     numbers = list(request.given)
     pictures = torch.stack([request.given[number] for number in numbers])[None]
-    latents = model.encode(pictures)
-    if latents.shape[1] != len(numbers):
+    if model.latent_frames(request.frames) != request.frames:
         raise InputError(f"{model.name} stores several frames in one latent; a single frame cannot be given to it")
+    latents = model.encode(pictures)
     shape = model.denoiser.latent.shape(1, request.frames)
     clean = latents.new_zeros(shape)
     clean[:, numbers] = latents

@@ -23,10 +23,11 @@ from torch import Tensor, nn
 from frameloom.diffusion.adapters.base import Adapter
 from frameloom.diffusion.cond import Cond
 from frameloom.diffusion.generator import Defaults
+from frameloom.diffusion.guide import CFG, Guide
 from frameloom.diffusion.objective import LogitNormal, LogNormalSigma, mse, uniform
 from frameloom.diffusion.paths import EDM, VP, Flow, Path
 from frameloom.diffusion.predict import target
-from frameloom.diffusion.step import Grids
+from frameloom.diffusion.step import Grids, Universal
 from frameloom.errors import InputError
 from frameloom.language.words import WordEncoder, Words
 from frameloom.training.recipe import Recipe
@@ -143,6 +144,7 @@ class Base(nn.Module):
 
     id: ClassVar[str] = ""
     fps = 8.0
+    step = Universal()
 
     def __init__(self, config: Config) -> None:
         from diffusers.models.attention_processor import AttnProcessor
@@ -186,7 +188,7 @@ class Base(nn.Module):
     @property
     def defaults(self) -> Defaults:
         # A picture model of digits, and a model that follows a picture, have no words to be guided by.
-        return Defaults(steps=25, guidance=2.0 if not self.has_text else 4.0, solver="ddim")
+        return Defaults(steps=25, guidance=2.0 if not self.has_text else 4.0)
 
     @property
     def height(self) -> int:
@@ -255,6 +257,15 @@ class Base(nn.Module):
         if isinstance(path, EDM):
             return Grids.karras(path, steps, high=path.t_max)
         return Grids.trailing(path, steps) if isinstance(path, VP) else Grids.linear(path, steps)
+
+    def guided(self, w: float) -> Guide:
+        return CFG(w)
+
+    def start(self, noise: Tensor, steps: int) -> Tensor:
+        return noise * float(self.adapter.path.coef(self.grid(steps)[0])[2])
+
+    def latent_frames(self, frames: int) -> int:
+        return frames
 
     # --- training ----------------------------------------------------------------------------------------------------
 

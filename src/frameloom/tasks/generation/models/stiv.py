@@ -28,9 +28,10 @@ from torch import Tensor, nn
 from frameloom.diffusion.cond import Cond
 from frameloom.diffusion.denoiser import Latent, Plain
 from frameloom.diffusion.generator import Defaults
+from frameloom.diffusion.guide import Guide, Joint
 from frameloom.diffusion.objective import LogitNormal, masked_mean
 from frameloom.diffusion.paths import Flow, spread
-from frameloom.diffusion.step import Grids
+from frameloom.diffusion.step import DPMpp2M, Grids
 from frameloom.errors import InputError
 from frameloom.language.words import WordEncoder, Words
 from frameloom.layers.attention import Attention, rotary, sinusoid
@@ -224,7 +225,8 @@ class STIV(nn.Module):
     name = "stiv"
     fps = 8.0
     needs_image = False
-    defaults = Defaults(steps=24, guidance=4.0, guide="joint", solver="dpmpp2m")
+    defaults = Defaults(steps=24, guidance=4.0)
+    step = DPMpp2M()
     knows = "one or two of small large red orange yellow green blue purple ball box capsule that rolls slides left " \
             "right, rises, sinks or stands still, behind or in front of the other"  # fmt: skip
 
@@ -265,8 +267,17 @@ class STIV(nn.Module):
     def decode(self, latents: Float[Tensor, "b t c h2 w2"]) -> Float[Tensor, "b t 3 h w"]:
         return self.codec.decode(latents)
 
+    def guided(self, w: float) -> Guide:
+        return Joint(w)
+
     def grid(self, steps: int) -> Tensor:
         return Grids.linear(self.path, steps)
+
+    def start(self, noise: Tensor, steps: int) -> Tensor:
+        return noise
+
+    def latent_frames(self, frames: int) -> int:
+        return frames
 
     # --- training --------------------------------------------------------------------------------------------------
 

@@ -10,7 +10,6 @@ from frameloom.diffusion.denoiser import Denoiser, Given
 from frameloom.diffusion.generator import Generator, seeded
 from frameloom.diffusion.hooks import HookSet
 from frameloom.diffusion.run import HoldGiven, sample
-from frameloom.diffusion.step import step
 from frameloom.progress import Progress
 from frameloom.tasks.generation.base import Request, condition, given_latents
 
@@ -45,7 +44,7 @@ def whole(
     """
     denoiser = denoiser or model.denoiser
     cond = condition(model, request)
-    x = seeded(denoiser.latent.shape(1, request.frames), request.seed) if x is None else x
+    x = seeded(denoiser.latent.shape(1, model.latent_frames(request.frames)), request.seed) if x is None else x
     x = x.to(next(iter(cond.values.values())).device)
     edits = []
     if (found := given_latents(model, request)) is not None:
@@ -53,11 +52,10 @@ def whole(
         denoiser = Given(denoiser)
         cond = Cond(cond.values | {"given": given, "clean": clean}, cond.nulls | {"given": given & False})
         edits = [HoldGiven(clean, given, x)]
-    grid = model.grid(request.steps)
-    _, _, c = denoiser.path.coef(grid[0])
     latents, _ = sample(
-        denoiser, x * float(c), grid, cond, guide=request.guide(model), step=step(request.solver), edits=edits,
-        hooks=hooks, together=not apart, callback=lambda ctx, _: progress("sampling", ctx.i + 1, ctx.n),
+        denoiser, model.start(x, request.steps), model.grid(request.steps), cond, guide=request.guide(model),
+        step=request.step(model), edits=edits, hooks=hooks, together=not apart,
+        callback=lambda ctx, _: progress("sampling", ctx.i + 1, ctx.n),
     )  # fmt: skip
     for frame in model.decode(latents)[0]:
         yield frame.clamp(0, 1)

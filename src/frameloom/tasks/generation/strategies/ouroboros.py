@@ -169,10 +169,9 @@ class _Run:
 
     def _first(self) -> Float[Tensor, "1 q c h w"]:
         """The queue at the start: an ordinary clip, its frames noised to their levels, the first of them repeated."""
-        shape, grid = self.denoiser.latent.shape(), self.model.grid(self.request.steps)
-        _, _, c = self.path.coef(grid[0])
-        clip, _ = sample(self.denoiser, seeded(shape, self.request.seed) * float(c), grid, self.conds[self._text()],
-                         guide=self.guide)  # fmt: skip
+        steps = self.request.steps
+        start = self.model.start(seeded(self.denoiser.latent.shape(), self.request.seed), steps)
+        clip, _ = sample(self.denoiser, start, self.model.grid(steps), self.conds[self._text()], guide=self.guide)
         frames = (torch.arange(self.count) - (self.count - self.window)).clamp(min=0)
         entries = clip[:, frames]
         noisy = self.path.add_noise(entries, self.times[None].expand(len(clip), -1), self._noise(entries))
