@@ -13,14 +13,12 @@ import sys
 import tempfile
 import time
 import warnings
-import weakref
 from pathlib import Path
 from statistics import median
 
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
+from frameloom.diffusion.memory import peak as tensors_alive
 from frameloom.diffusion.pipeline import Pipeline, load_pipeline
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
@@ -38,34 +36,6 @@ SIZES = {
 }
 
 
-class Peak(TorchDispatchMode):
-    """The most bytes of tensors alive at once among those made inside the block."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.alive, self.most, self.known = 0, 0, {}
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        made = function(*args, **(kwargs or {}))
-        for tensor in tree_leaves(made):
-            if isinstance(tensor, torch.Tensor):
-                self.note(tensor.untyped_storage())
-        return made
-
-    def note(self, storage: torch.UntypedStorage) -> None:
-        key = storage._cdata
-        if key in self.known:
-            return
-        size = storage.nbytes()
-        self.known[key] = weakref.finalize(storage, self.gone, key, size)
-        self.alive += size
-        self.most = max(self.most, self.alive)
-
-    def gone(self, key: int, size: int) -> None:
-        del self.known[key]
-        self.alive -= size
-
-
 def peak(call, device: str) -> int:
     if device.startswith("cuda"):
         torch.cuda.synchronize()
@@ -74,9 +44,7 @@ def peak(call, device: str) -> int:
         call()
         torch.cuda.synchronize()
         return torch.cuda.max_memory_allocated() - before
-    with Peak() as meter:
-        call()
-    return meter.most
+    return tensors_alive(call)
 
 
 def seconds(call, device: str) -> float:
