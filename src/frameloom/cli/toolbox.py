@@ -21,9 +21,9 @@ def methods(
     from frameloom.cli.terminal import emit
     from frameloom.errors import InputError
 
-    chosen = [card for card in cards().values() if verb is None or card.verb == verb]
+    chosen = [card for card in cards().values() if verb is None or verb in (card.verb, *card.also)]
     if not chosen:
-        verbs = sorted({card.verb for card in cards().values()})
+        verbs = sorted({name for card in cards().values() for name in (card.verb, *card.also)})
         raise InputError(f"--verb {verb}: no method serves it; there are {', '.join(verbs)}")
     if json:
         emit([_facts(card) for card in chosen])
@@ -65,7 +65,8 @@ def card_lines(card) -> list[str]:
     if card.authors:
         lines.append(f"  {', '.join(card.authors)}. {card.venue} {card.year}"
                      f"{f', arXiv {card.arxiv}' if card.arxiv else ''}")  # fmt: skip
-    lines.append(f"  verb       {card.verb}{'' if card.streams else ' (needs the whole clip, does not stream)'}")
+    whole = "" if card.streams else " (needs the whole clip, does not stream)"
+    lines.append(f"  verb       {', '.join((card.verb, *card.also))}{whole}")
     if card.sizes:
         lines.append(f"  sizes      {', '.join(card.sizes)}")
     if card.weights:

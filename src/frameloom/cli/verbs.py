@@ -45,6 +45,8 @@ def interpolate(
     tile: Annotated[int | None, typer.Option(help="longest side in pixels that a method is given at once")] = None,
     dedupe: Annotated[bool, typer.Option("--dedupe", help="drop repeated frames and re-time the motion")] = False,
     strict: Annotated[bool, typer.Option("--strict", help="stop rather than round an instant")] = False,
+    out: Annotated[Path | None, typer.Option("--out", "-o", help="the video between two pictures")] = None,
+    seed: options.Seed = 0,
     codec: options.Codec = "h264",
     crf: options.Crf = None,
     preset: options.Preset = None,
@@ -56,16 +58,30 @@ def interpolate(
     keep_readable: options.KeepReadable = False,
     json: options.Json = False,
 ) -> None:
-    """Change the frame rate: pictures at instants nobody recorded, sound untouched."""
-    from frameloom.cards import chosen
+    """Change the frame rate: pictures at instants nobody recorded, sound untouched.
+
+    With --method stiv: INPUT and OUTPUT are two pictures, and --out is the video between them.
+    """
+    from frameloom.cards import card, chosen
     from frameloom.cli import terminal
+    from frameloom.errors import InputError
     from frameloom.tasks.interpolation import interpolate as verb
     from frameloom.video.reader import read
 
     terminal.listen()
+    name = chosen(method, "interpolate")
+    if card(name, "interpolate").makes_video:
+        from frameloom.cli.make import between
+
+        if out is None:
+            raise InputError(f"--method {name}: makes the frames between two pictures: interpolate A.png B.png "
+                             f"--method {name} -o OUT.mp4")  # fmt: skip
+        between(Path(input), output, out, name, weights, seed, device, None, codec, crf, preset, json)
+        return
+    if out is not None:
+        raise InputError(f"--out: goes with two pictures and a model; {name} writes to OUTPUT")
     clip = read(input, stream=stream, range=range, rate=rate, deinterlace=deinterlace, keep_readable=keep_readable)
     terminal.say(terminal.describe(clip, Path(input).name))
-    name = chosen(method, "interpolate")
     made = verb(clip, fps, name, slow=slow, weights=weights, device=device, tile=tile, dedupe=dedupe, strict=strict)
     terminal.say(f"{name} on {device}, {len(clip):,} frames to {len(made):,}")
     finish(made, output, codec=codec, crf=crf, preset=preset, resume=resume, json=json, extra={"method": name})

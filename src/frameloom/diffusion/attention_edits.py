@@ -17,12 +17,12 @@ from torch import Tensor, nn
 from frameloom.diffusion.context import current
 from frameloom.diffusion.denoiser import Site
 
-Heads = Float[Tensor, "b h n d"]
+# Split by heads: e channels each.
+Heads = Float[Tensor, "b h n e"]
+Keys = Float[Tensor, "b h m e"]
 
 
-def project(
-    attention: nn.Module, x: Float[Tensor, "b n d"], context: Tensor | None = None
-) -> tuple[Heads, Heads, Heads]:
+def project(attention: nn.Module, x: Float[Tensor, "b n d"], context: Tensor | None = None) -> tuple[Heads, Keys, Keys]:
     """Queries, keys and values, split by heads, through whatever norms the module has for them."""
     source = x if context is None else context
     layers = ((attention.to_q, x), (attention.to_k, source), (attention.to_v, source))

@@ -2,8 +2,8 @@
 
 Spatial layers (per frame) are cut along frames, temporal layers (per pixel) along space, so that intermediates exist
 for one slice at a time. What does mix the cut axis is a group normalisation over all frames and pixels: its statistics
-are taken from the whole input first and applied slice by slice, which makes every cut exact. Outputs are written into one
-tensor made beforehand; concatenating slices would hold them twice.
+are taken from the whole input first and applied slice by slice, which makes every cut exact. Outputs are written into
+one tensor made beforehand; concatenating slices would hold them twice.
 """
 
 import logging

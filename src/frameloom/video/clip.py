@@ -301,6 +301,17 @@ class Clip:
         """A clip whose pictures are `function(rgb)`; `label` names the function when work is resumed."""
         return Clip(MappedSource(self.source, function, label))
 
+    def enlarged(self, times: int) -> "Clip":
+        """Every pixel as a square of `times` by `times`."""
+        if times == 1:
+            return self
+        info = replace(self.info, width=self.info.width * times, height=self.info.height * times)
+
+        def blocks(rgb: Tensor) -> Tensor:
+            return rgb.repeat_interleave(times, 1).repeat_interleave(times, 2)
+
+        return Clip(MappedSource(self.source, blocks, f"{times} times as large", info))
+
     def retimed(self, rate: Fraction) -> "Clip":
         """The same frames shown at `rate` frames a second, without the sound."""
         return Clip(Retimed(self.source, rate))

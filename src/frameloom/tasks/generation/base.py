@@ -4,6 +4,7 @@ A *model* (`frameloom.diffusion.generator.Generator`) makes short clips; a *stra
 window by window, as an endless queue, in little memory. `generate` joins the two and gives a lazy clip.
 """
 
+import inspect
 import logging
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -118,12 +119,10 @@ def generate(
 
 def _strategy(name: str, options: dict[str, Any]) -> Strategy:
     kind = card(name, "generate").load_class()
-    try:
-        return kind(**options)
-    except TypeError:
-        known = [key for key in kind.__init__.__annotations__ if key != "return"]
-        extra = [key for key in options if key not in known]
-        raise InputError(f"{name} has no setting {', '.join(extra)}; it has {', '.join(known) or 'none'}") from None
+    known = list(inspect.signature(kind).parameters)
+    if extra := [key for key in options if key not in known]:
+        raise InputError(f"{name} has no setting {', '.join(extra)}; it has {', '.join(known) or 'none'}")
+    return kind(**options)
 
 
 def settle(

@@ -215,7 +215,7 @@ class STIV(nn.Module):
         head = c.width // c.heads
         shrink = [min(1.0, limit / size) for limit, size in
                   ((c.side / c.patch, rows), (c.side / c.patch, columns), (c.frames, frames))]  # fmt: skip
-        axes = [torch.arange(size, device=device) * factor for size, factor in
+        axes = [torch.arange(float(size), device=device) * factor for size, factor in
                 zip((rows, columns, frames), shrink, strict=True)]  # fmt: skip
         grid = torch.cartesian_prod(axes[0], axes[1])
         return rotary(grid, head), rotary(axes[2][:, None], head)

@@ -129,7 +129,7 @@ def _size(count: int) -> str:
 
 
 def plan(steps: int, share: float, first: int = 3) -> frozenset[int]:
-    """The steps that run in full: the `first` ones, then so that a share of all is reused, evenly, the last among it."""
+    """The steps that run in full: the `first` ones, then so that a share of all is reused, evenly, with the last."""
     reused = min(round(steps * share), max(0, steps - first))
     rest = steps - first
     chosen = {first + int((k + 1) * rest / reused) - 1 for k in range(reused)}
@@ -148,7 +148,7 @@ def similar(features: Sequence[Tensor], limit: float, first: int = 3) -> frozens
 
 @contextmanager
 def rehashed(host: nn.Module, full: frozenset[int]) -> Iterator[None]:
-    """Within it, on steps that are not in `full`, all but the outermost blocks of a U-Net give what they gave before."""
+    """Within it, on steps that are not in `full`, all but the outermost blocks of a U-Net are left out."""
     downs, ups = list(getattr(host, "down_blocks", ())), list(getattr(host, "up_blocks", ()))
     if len(downs) < 2:
         yield
