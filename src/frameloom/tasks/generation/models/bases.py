@@ -122,7 +122,7 @@ def build(config: Config) -> Adapter:
 HOSTS = {
     "world-unet3d": Config("unet3d", frames=8, side=16, patch=2),
     "world-motion": Config("motion", frames=8, side=16, patch=2),
-    "world-latte": Config("latte", frames=8, side=16, patch=2),
+    "world-latte": Config("latte", frames=8, side=16, patch=2, prediction="data"),
     "tiny-svd-world": Config("svd", frames=16, side=32, patch=4, path="edm", prediction="v", image=True),
     "tiny-cogx-world": Config("cogvideox", frames=16, side=32, patch=4, image=True, width=64),
     "digits-16": Config("unet2d", frames=1, side=16, channels=1, patch=2),
@@ -132,7 +132,7 @@ HOSTS = {
 STEPS = {
     "world-unet3d": (1200, 8),
     "world-motion": (1000, 8),
-    "world-latte": (1600, 16),
+    "world-latte": (5000, 16),
     "tiny-svd-world": (800, 8),
     "tiny-cogx-world": (1500, 12),
     "digits-16": (3000, 32),

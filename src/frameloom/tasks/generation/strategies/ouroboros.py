@@ -186,8 +186,9 @@ class _Run:
         method, text = self.method, self._text()
         cond, places = self.conds[text], self.places[text]
         blocks = 2 * self.count // self.window
-        guided = bool(method.guidance and method.strength and places and 0 < block < max(2, blocks * method.guided))
-        remembered = method.guidance and places and block == 0
+        pulling = method.guidance and method.strength != 0 and bool(places)
+        guided = pulling and 0 < block < max(2, blocks * method.guided)
+        remembered = pulling and block == 0
         keys = method.attention and places
         self.ctx.i, self.ctx.t = block, t
         with running(self.ctx):
