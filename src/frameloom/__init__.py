@@ -19,6 +19,7 @@ _HOMES = {
     "cards": "frameloom.cards",
     "compress": "frameloom.tasks.compression",
     "decompress": "frameloom.tasks.compression",
+    "distill": "frameloom.tasks.distillation",
     "inspect": "frameloom.tasks.compression",
     "interpolate": "frameloom.tasks.interpolation",
     "load": "frameloom.training.pretrained",

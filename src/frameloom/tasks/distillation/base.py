@@ -16,7 +16,7 @@ from typing import Any, Protocol, runtime_checkable
 import torch
 from torch import Tensor, nn
 
-from frameloom.cards import card
+from frameloom.cards import card, cards, chosen
 from frameloom.diffusion.cond import Cond
 from frameloom.diffusion.distill import Pairs, make_pairs, ode
 from frameloom.diffusion.generator import open_generator
@@ -123,7 +123,7 @@ def distill(
     """Make a student of few steps into the folder `out`; call it again after a stop to go on to the same weights.
 
     Args:
-        recipe: `"reflow"` (InstaFlow: one step) or `"rfpp"` (2-rectified flow++: one to five).
+        recipe: `"reflow"` (InstaFlow: one step), `"rfpp"` (2-rectified flow++: one to five) or `"auto"`.
         teacher: a shipped model's name, a folder, a hub id; or an open model.
         prompts: what the teacher is asked to draw; may be left out for a model of a few classes.
         pairs: how many pairs are drawn. steps: updates of the student in all.
@@ -134,8 +134,7 @@ def distill(
     Raises:
         InputError: whatever in this cannot be done, before anything is computed.
     """
-    method = card(NAMES.get(recipe, recipe), "distill")
-    maker = _recipe(method.load_class(), recipe, options)
+    maker = _recipe(recipe, options)
     name = teacher if isinstance(teacher, str) else getattr(teacher, "name", "the teacher")
     model = open_generator(teacher, device) if isinstance(teacher, str) else teacher
     if not isinstance(model, nn.Module) or not hasattr(model, "student"):
@@ -183,13 +182,19 @@ def _same_teacher(out: Path, run: dict) -> None:
                          "teachers do not mix, choose another -o")  # fmt: skip
 
 
-def _recipe(kind: type, name: str, options: dict[str, Any]) -> Distiller:
+def _recipe(name: str, options: dict[str, Any]) -> Distiller:
+    """A recipe by its name or the id of its card, with its settings."""
+    method = chosen(NAMES.get(name, name), "distill")
+    known = [found.id for found in cards().values() if found.verb == "distill"]
+    if method not in known:
+        raise InputError(f"--recipe {name}: there are {', '.join([*NAMES, *known, 'auto'])}")
+    kind = card(method).load_class()
     try:
         return kind(**options)
     except TypeError:
-        known = [key for key in kind.__dataclass_fields__ if key not in ("pairs", "training")]
-        extra = [key for key in options if key not in known]
-        raise InputError(f"{name} has no setting {', '.join(extra)}; it has {', '.join(known)}") from None
+        settings = [key for key in kind.__dataclass_fields__ if key not in ("pairs", "training")]
+        extra = [key for key in options if key not in settings]
+        raise InputError(f"{name} has no setting {', '.join(extra)}; it has {', '.join(settings)}") from None
 
 
 def _prompts(model: Any, name: str, prompts: Sequence[str] | None) -> list[str]:
