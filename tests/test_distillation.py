@@ -191,9 +191,9 @@ def test_the_new_sampler_goes_back_to_the_first_noise():
 def test_inversion_finds_the_noise_again():
     flow, noise = plane.ring("flow", std=0.5), plane.unit(64, 5)
     told = flow.labels(plane.classes(64))
-    data = sample(flow, noise, Grids.linear(Flow(), 400), told)[0]
-    again = sample(flow, invert(flow, data, told, 400), Grids.linear(Flow(), 400), told)[0]
-    assert float((again - data).abs().mean()) < 0.05
+    data = sample(flow, noise, Grids.linear(Flow(), 100), told)[0]
+    again = sample(flow, invert(flow, data, told, 100), Grids.linear(Flow(), 100), told)[0]
+    assert float((again - data).abs().mean()) < 0.1
 
 
 def test_an_even_number_of_evaluations_is_no_second_order():
@@ -206,6 +206,7 @@ def test_an_even_number_of_evaluations_is_no_second_order():
 
 def test_a_teacher_whose_noise_ends_early_is_refused_by_the_guard():
     early = plane.ring("flow")
+    # EDM that ends at 80 as well: the paper asks its network for more noise than it was trained on.
     for path in (VP.of("linear"), EDM(t_max=80.0)):
         early.path = path
         with pytest.raises(InputError, match="was trained down to"):
@@ -234,7 +235,7 @@ def test_the_ladder_has_the_papers_rungs():
 
 def test_the_feature_metric_is_zero_for_equals_and_refuses_other_scales():
     net, video = Features(3, 10), torch.rand(2, 1, 3, 16, 16)
-    assert float(net.distance(video, video).max()) == 0
+    assert float(net.distance(video, video).max().detach()) == 0
     assert float(net.distance(video.flip(3), video).min().detach()) > 0
     with pytest.raises(InputError, match=r"in \[0, 1\]"):
         net.distance(video, 255 * video)
@@ -249,7 +250,9 @@ def test_some_conditions_are_dropped():
 # --- whole runs ------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("recipe", "stop"), [("reflow", ("pairs", 1)), ("reflow", ("one-step", 9)), ("rfpp", ("rfpp", 7))])
+@pytest.mark.parametrize(
+    ("recipe", "stop"), [("reflow", ("pairs", 1)), ("reflow", ("one-step", 9)), ("rfpp", ("rfpp", 7))]
+)
 def test_a_run_that_was_stopped_ends_in_the_same_student(tmp_path, recipe, stop):
     def tell(label, done, total):
         if label.startswith(stop[0]) and done == stop[1]:
@@ -266,7 +269,9 @@ def test_a_run_that_was_stopped_ends_in_the_same_student(tmp_path, recipe, stop)
 def test_one_reflow_straightens_and_another_teacher_is_refused(tmp_path):
     model, noise = teacher(), plane.unit(300, 9)
     told = model.text("012").rows(plane.classes(300))
-    out = student_of(tmp_path / "s", "reflow", steps=300, batch=128, reflow=1.0, pairs=1000, sampling=20, save_every=60)
+    out = student_of(
+        tmp_path / "s", "reflow", steps=300, batch=128, reflow=1.0, pairs=1000, sampling=20, save_every=60.0
+    )
     student = plane.Net(plane.Config(distilled=1))
     student.load_state_dict(load_file(out / "model.safetensors"))
     assert straightness(student.denoiser, noise, told) < 0.3 * straightness(
@@ -319,13 +324,16 @@ def test_what_cannot_be_is_one_line(tmp_path, changes, message):
     asked = {"recipe": "reflow", "teacher": "digits-16", "pairs": 2, "steps": 1} | changes
     with pytest.raises(InputError, match=message):
         distill(asked.pop("recipe"), asked.pop("teacher"), tmp_path / "out", **asked)
+    assert not (tmp_path / "out").exists()
 
 
 def test_the_command_line_ends_with_status_2_for_prompts_without_a_sentence(tmp_path):
     empty = tmp_path / "prompts.txt"
     empty.write_text("\n")
     command = [sys.executable, "-m", "frameloom", "distill", "--recipe", "reflow", "--teacher", "digits-16"]
-    done = subprocess.run([*command, "--prompts", str(empty), "-o", str(tmp_path / "out")], capture_output=True, text=True)
+    done = subprocess.run(
+        [*command, "--prompts", str(empty), "-o", str(tmp_path / "out")], capture_output=True, text=True
+    )
     assert done.returncode == 2
     assert done.stderr.strip().endswith("holds no sentence; one a line is wanted")
     assert not (tmp_path / "out").exists()

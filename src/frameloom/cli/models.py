@@ -41,7 +41,9 @@ def train(
 def distill(
     teacher: Annotated[str, typer.Option(help="a shipped model, a folder of a run, or a hub id")],
     out: Annotated[Path, typer.Option("--out", "-o", help="the folder of the student")],
-    recipe: Annotated[str, typer.Option(help="reflow (InstaFlow: one step), rfpp (one to five steps) or auto")] = "auto",
+    recipe: Annotated[
+        str, typer.Option(help="reflow (InstaFlow: one step), rfpp (one to five steps) or auto")
+    ] = "auto",
     prompts: Annotated[Path | None, typer.Option(help="what the teacher is asked to draw, a sentence a line")] = None,
     pairs: Annotated[int | None, typer.Option(help="how many pairs of noise and video the teacher draws")] = None,
     steps: Annotated[int | None, typer.Option(help="updates of the student in all")] = None,

@@ -29,7 +29,7 @@ from frameloom.diffusion.objective import mse
 from frameloom.diffusion.paths import Flow, as_times
 from frameloom.diffusion.predict import Prediction, target
 from frameloom.diffusion.run import Edit, sample
-from frameloom.diffusion.step import Grids, Step, universal
+from frameloom.diffusion.step import Grids, Step, Universal, universal
 from frameloom.errors import InputError
 from frameloom.progress import Progress, silent
 
@@ -43,10 +43,19 @@ SHARD = 256
 # --- frozen pairs ---------------------------------------------------------------------------------------------------
 
 
+STOCHASTIC = ("reflow needs an ODE sampler: this solver draws fresh noise, and noise and picture would not belong to "
+              "each other; take euler, heun or dpmpp2m")  # fmt: skip
+
+
+def check_ode(step: Step) -> None:
+    """Raises InputError for a solver that is known to draw noise."""
+    if isinstance(step, Universal) and (step.eta or step.r):
+        raise InputError(STOCHASTIC)
+
+
 def no_noise(x: Tensor, ctx: Ctx) -> Tensor:
-    """The noise policy of an ODE: there is none to be had."""
-    raise InputError("reflow needs an ODE sampler: this solver draws fresh noise, and noise and picture would not "
-                     "belong to each other; take euler, heun or dpmpp2m")  # fmt: skip
+    """The noise policy of an ODE: there is none to be had, whatever the solver is called."""
+    raise InputError(STOCHASTIC)
 
 
 def ode(denoiser: Denoiser, grid: Tensor, step: Step, guide: Guide | None = None) -> Draw:

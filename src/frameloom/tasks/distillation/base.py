@@ -13,12 +13,11 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
-import torch
 from torch import Tensor, nn
 
 from frameloom.cards import card, cards, chosen
 from frameloom.diffusion.cond import Cond
-from frameloom.diffusion.distill import Pairs, make_pairs, ode
+from frameloom.diffusion.distill import Pairs, check_ode, make_pairs, ode
 from frameloom.diffusion.generator import open_generator
 from frameloom.diffusion.guide import Unguided
 from frameloom.diffusion.step import step
@@ -142,11 +141,13 @@ def distill(
                          "(a folder of frameloom train, or a shipped one), not of a diffusers pipeline")  # fmt: skip
     if model.needs_image:
         raise InputError(f"--teacher {name}: makes video from a picture; pairs are drawn from words or classes alone")
-    step(solver)
+    check_ode(step(solver))
     for flag, value in (("--pairs", pairs), ("--steps", steps), ("--sampling", sampling)):
         if value is not None and value < 1:
             raise InputError(f"{flag} {value}: must be 1 or more")
     asked = _prompts(model, name, prompts)
+    model = model.eval()
+    cond = model.text(asked)
     training = maker.training
     if steps is not None:
         training = replace(training, steps=steps)
@@ -167,8 +168,7 @@ def distill(
     if (out / "model.safetensors").is_file():
         progress("distilled", 1, 1)
         return out
-    model = model.eval()
-    job = Job(model, model.text(asked), out, guidance, solver, sampling, count, training, seed, device, save_every,
+    job = Job(model, cond, out, guidance, solver, sampling, count, training, seed, device, save_every,
               progress)  # fmt: skip
     student = maker.run(job)
     (out / "README.md").write_text(_readme(recipe, name, run, student))
@@ -229,4 +229,3 @@ def _readme(recipe: str, teacher: str, run: dict, student: nn.Module) -> str:
         f"{run['training']['steps']:,} updates. The guidance is in the weights: sample without.\n\n"
         f"Settings are in `run.json`; every stage has a folder with its `metrics.jsonl`.\n"
     )
-

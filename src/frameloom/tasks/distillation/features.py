@@ -9,7 +9,6 @@ Perceptual Metric", CVPR 2018, arXiv 1801.03924.
 
 from collections.abc import Callable
 
-import torch
 import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
