@@ -54,7 +54,7 @@ def distill(
     device: options.Device = "cpu",
     json: options.Json = False,
 ) -> None:
-    """Make a student of one or a few steps; the same command again goes on after a stop and ends in the same weights."""
+    """Make a student of one or a few steps; the same command goes on after a stop and ends in the same weights."""
     from frameloom.cli import terminal
     from frameloom.errors import InputError
     from frameloom.tasks.distillation import distill as run

@@ -32,6 +32,9 @@ log = logging.getLogger("frameloom")
 # What a recipe is called on the command line, where that is not the id of its card.
 NAMES = {"reflow": "instaflow"}
 
+# What a small student is trained with, where nothing else is said.
+SMALL = Recipe(steps=4000, batch_size=64, lr=1e-3, final_lr=1e-5, warmup=100, hold=0.3, ema=0.998)
+
 # Of a student and the noise, data and condition of a batch to a number.
 Loss = Callable[[Any, Tensor, Tensor, Cond], Tensor]
 
@@ -60,7 +63,7 @@ class Job:
     progress: Progress = silent
 
     def pairs(self, name: str, model: Any, guided: bool) -> Pairs:
-        """The frozen pairs of a model, drawn into the folder `name`: of the teacher, guided, or of a student as it is."""
+        """The frozen pairs of a model, drawn into the folder `name`: a teacher's guided, a student's as it is."""
         guidance = self.guidance if guided else 1.0
         draw = ode(model.denoiser, model.grid(self.grid_steps), step(self.solver),
                    model.guided(guidance) if guidance > 1 else Unguided())  # fmt: skip

@@ -8,6 +8,7 @@ Perceptual Metric", CVPR 2018, arXiv 1801.03924.
 """
 
 from collections.abc import Callable
+from itertools import pairwise
 
 import torch.nn.functional as F
 from jaxtyping import Float
@@ -28,7 +29,7 @@ class Features(nn.Module):
         widths = (channels, width, 2 * width, 2 * width)
         self.convolutions = nn.ModuleList(
             nn.Conv2d(a, b, 3, stride=1 if number == 0 else 2, padding=1)
-            for number, (a, b) in enumerate(zip(widths, widths[1:], strict=False))
+            for number, (a, b) in enumerate(pairwise(widths))
         )
         self.head = nn.Linear(widths[-1], classes)
 

@@ -26,7 +26,7 @@ from frameloom.diffusion.cond import Cond
 from frameloom.diffusion.distill import one_step_loss, reflow_loss
 from frameloom.diffusion.objective import METRICS, uniform
 from frameloom.errors import InputError
-from frameloom.tasks.distillation.base import Job
+from frameloom.tasks.distillation.base import SMALL, Job
 from frameloom.training.recipe import Recipe
 
 # A network that puts out the data has its velocity divided by t: below this it would learn nothing else.
@@ -49,7 +49,7 @@ class InstaFlow:
     drop: float = 0.0
     metric: str = "mse"
     pairs: int = 10_000
-    training: Recipe = Recipe(steps=4000, batch_size=64, lr=1e-3, final_lr=1e-5, warmup=100, hold=0.3, ema=0.998)
+    training: Recipe = SMALL
 
     def run(self, job: Job) -> Any:
         if self.metric not in METRICS:

@@ -34,7 +34,7 @@ from frameloom.diffusion.paths import spread
 from frameloom.diffusion.run import sample
 from frameloom.diffusion.step import Grids, Initial, Universal
 from frameloom.errors import InputError
-from frameloom.tasks.distillation.base import Job
+from frameloom.tasks.distillation.base import SMALL, Job
 from frameloom.tasks.distillation.features import Features, perceptual
 from frameloom.training.recipe import Recipe
 
@@ -62,7 +62,7 @@ class RFpp:
     loss: str = "lpips-huber"
     features: float = 0.1
     pairs: int = 10_000
-    training: Recipe = Recipe(steps=4000, batch_size=64, lr=1e-3, final_lr=1e-5, warmup=100, hold=0.3, ema=0.998)
+    training: Recipe = SMALL
 
     @classmethod
     def config(cls, letter: str, **settings: Any) -> "RFpp":
