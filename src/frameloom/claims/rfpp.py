@@ -1,4 +1,4 @@
-"""2-rectified flow++: its ingredients one by one, against a plain 2-rectified flow of equal start, pairs and updates."""
+"""2-rectified flow++: its ingredients one by one, against a plain 2-rectified flow, all else equal."""
 
 import tempfile
 from pathlib import Path
