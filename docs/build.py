@@ -77,6 +77,31 @@ ordinary footage and encode thousands of times faster; `benchmarks/compression.p
 stored in a `.flm` file.
 """,
     ),
+    "distill": (
+        "Make a model of one or a few steps out of one of many, without data: the teacher draws it.",
+        """```
+frameloom distill --teacher digits-16 -o runs/one-step --recipe reflow       # InstaFlow: two stages, one step
+frameloom distill --teacher digits-16 -o runs/few-steps --recipe rfpp        # 2-rectified flow++: one to five steps
+frameloom distill --teacher runs/stiv --prompts captions.txt -o runs/fast    # a model of words: a sentence a line
+frameloom generate seven.mp4 --prompt 7 --weights runs/one-step --steps 1
+```
+
+```python
+import frameloom as fl
+
+fl.distill("rfpp", "digits-16", "runs/few-steps", pairs=10_000, steps=4000)
+```
+
+The teacher's ODE ties every noise to one picture. Such pairs are drawn once, with the teacher's guidance baked in, and
+kept in `OUT/pairs`: of the noise only its seed. The student starts from the teacher's weights and learns the straight
+way between the two. Everything is resumable: pairs shard by shard, every stage of training from its last save; the
+same command goes on and ends in the same weights. A folder belongs to one teacher: pairs of two do not mix.
+
+A student is a model like any other (`--weights OUT`). It knows how many steps it was made for and that it needs no
+guidance. `--solver rfpp` samples any nearly straight flow by going back to the initial noise after every step, which at
+one step is Euler's.
+""",
+    ),
 }
 
 

@@ -20,6 +20,7 @@ _HOMES = {
     "compress": "frameloom.tasks.compression",
     "decompress": "frameloom.tasks.compression",
     "generate": "frameloom.tasks.generation",
+    "distill": "frameloom.tasks.distillation",
     "inspect": "frameloom.tasks.compression",
     "interpolate": "frameloom.tasks.interpolation",
     "load": "frameloom.training.pretrained",

@@ -8,6 +8,7 @@ import copy
 import json
 import os
 import time
+from collections.abc import Callable
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
@@ -104,21 +105,56 @@ def train(
     run = {"method": method, "size": size, "data": data, "seed": seed, "recipe": asdict(recipe)}
     out = Path(out)
     out.mkdir(parents=True, exist_ok=True)
-    _claim_folder(out, run)
+    claim_folder(out, run)
 
-    from accelerate import Accelerator
-    from torch.utils.tensorboard import SummaryWriter
-
-    # A rendering worker and a training thread on one core slow each other down tenfold: leave each its own.
     if device == "cpu" and "OMP_NUM_THREADS" not in os.environ:
+        # A rendering worker and a training thread on one core slow each other down tenfold: leave each its own.
         torch.set_num_threads(max(1, (os.cpu_count() or 1) - workers))
-    half = "bf16" if recipe.bf16 else "no"
-    accelerator = Accelerator(mixed_precision=half, cpu=device == "cpu")
     torch.manual_seed(seed)
     model: nn.Module = kind(kind.preset(size))
     dataset = kind.dataset(data, size, seed)
     if hasattr(model, "prepare") and not (out / "state.safetensors").is_file():
         model.prepare(dataset)
+    begun = time.monotonic()
+    kept, done = fit(model, dataset, recipe, out, seed=seed, device=device, workers=workers, save_every=save_every,
+                     progress=progress)  # fmt: skip
+    if done or not (out / "model.safetensors").is_file():
+        save_pretrained(kept, method, out)
+        (out / "README.md").write_text(_readme(run, time.monotonic() - begun, kept))
+    return out
+
+
+def fit(
+    model: nn.Module,
+    dataset: Batches,
+    recipe: Recipe,
+    out: Path,
+    *,
+    loss: Callable[[nn.Module, dict[str, Tensor]], Tensor] | None = None,
+    label: str = "training",
+    seed: int = 0,
+    device: str = "cpu",
+    workers: int = 0,
+    save_every: float = 60.0,
+    progress: Progress = silent,
+) -> tuple[nn.Module, int]:
+    """The loop itself, for a model that stands ready; `train` and every stage of a distillation run it.
+
+    Keeps `metrics.jsonl`, TensorBoard events and `state.safetensors` in `out`, and goes on from what it finds there.
+
+    Args:
+        model: as it is before the first step; where a state is found, its weights are replaced.
+        loss: of the model and a batch; the model's own `loss` when None.
+
+    Returns:
+        The model to keep (the averaged one, if the recipe averages) and the number of steps that this call made.
+    """
+    from accelerate import Accelerator
+    from torch.utils.tensorboard import SummaryWriter
+
+    loss = loss or (lambda model, batch: model.loss(batch))
+    half = "bf16" if recipe.bf16 else "no"
+    accelerator = Accelerator(mixed_precision=half, cpu=device == "cpu")
     model.train()
     if recipe.channels_last:
         model.to(memory_format=torch.channels_last)
@@ -126,8 +162,8 @@ def train(
     average = copy.deepcopy(model).eval() if recipe.ema else None
     start = _restore(out, model, average, optimisers)
     if start >= recipe.steps:
-        progress("trained", recipe.steps, recipe.steps)
-        return out
+        progress(label, recipe.steps, recipe.steps)
+        return (average if average is not None else model.eval()), 0
     _forget_after(out / "metrics.jsonl", start)
     model, *optimisers = accelerator.prepare(model, *optimisers)
     if average is not None:
@@ -148,10 +184,10 @@ def train(
                         group["lr"] = rate * group["share"]
                 batch = {name: value.to(accelerator.device) for name, value in batch.items()}
                 with accelerator.autocast():
-                    loss = accelerator.unwrap_model(model).loss(batch)
-                if not torch.isfinite(loss):
-                    raise InputError(f"{out}: the loss is {loss.item()} at step {step}; try a lower learning rate")
-                accelerator.backward(loss)
+                    error = loss(accelerator.unwrap_model(model), batch)
+                if not torch.isfinite(error):
+                    raise InputError(f"{out}: the loss is {error.item()} at step {step}; try a lower learning rate")
+                accelerator.backward(error)
                 norm = accelerator.clip_grad_norm_(model.parameters(), recipe.clip_norm)
                 for optimiser in optimisers:
                     optimiser.step()
@@ -159,7 +195,7 @@ def train(
                 if average is not None:
                     _blend(average, accelerator.unwrap_model(model), recipe.ema, step)
                 if step % 50 == 0 or step + 1 == recipe.steps:
-                    row = {"step": step, "loss": round(loss.item(), 6), "lr": rate, "norm": round(float(norm), 4),
+                    row = {"step": step, "loss": round(error.item(), 6), "lr": rate, "norm": round(float(norm), 4),
                            "seconds": round(time.monotonic() - begun, 1)}  # fmt: skip
                     metrics.write(json.dumps(row) + "\n")
                     metrics.flush()
@@ -168,7 +204,7 @@ def train(
                 if time.monotonic() - saved > save_every:
                     _save(out, accelerator.unwrap_model(model), average, optimisers, step + 1)
                     saved = time.monotonic()
-                progress("training", step + 1, recipe.steps)
+                progress(label, step + 1, recipe.steps)
     except KeyboardInterrupt:
         # The step that was under way may have changed some weights: the last whole state is the one on disk.
         raise Interrupted(f"{out}: stopped at step {step}; the same command goes on from the last save") from None
@@ -176,12 +212,10 @@ def train(
         board.close()
     final = accelerator.unwrap_model(model)
     _save(out, final, average, optimisers, recipe.steps)
-    save_pretrained(average if average is not None else final, method, out)
-    (out / "README.md").write_text(_readme(run, time.monotonic() - begun, final))
-    return out
+    return (average if average is not None else final.eval()), recipe.steps - start
 
 
-def _claim_folder(out: Path, run: dict) -> None:
+def claim_folder(out: Path, run: dict) -> None:
     """A folder is one run: the first call writes what it is, later calls must agree."""
     note = out / "run.json"
     text = json.dumps(run, indent=2) + "\n"

@@ -16,7 +16,7 @@ from frameloom.diffusion.adapters.places import places
 from frameloom.diffusion.cond import Cond
 from frameloom.diffusion.context import current
 from frameloom.diffusion.denoiser import Latent, Site
-from frameloom.diffusion.paths import Path
+from frameloom.diffusion.paths import VP, Path
 from frameloom.diffusion.predict import Prediction, to_prediction
 from frameloom.errors import InputError
 
@@ -36,6 +36,10 @@ class Adapter:
     def call(self, x: Tensor, t: Tensor, cond: Cond) -> Tensor:
         """The host's raw output `(b, t, c, h, w)` for `x` at the path's times `t`, `(b,)` or `(b, t)`."""
         raise NotImplementedError
+
+    def clock(self, t: Tensor) -> Tensor:
+        """A time of the path as a host of a thousand training steps counts it: 1000 t on a flow, as InstaFlow does."""
+        return index(t) if isinstance(self.path, VP) else (1000 * t).float()
 
     def __call__(self, x: Tensor, t: Tensor, cond: Cond) -> Prediction:
         with self._cache():

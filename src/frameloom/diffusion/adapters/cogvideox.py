@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor, nn
 
-from frameloom.diffusion.adapters.base import Adapter, index, lengthened
+from frameloom.diffusion.adapters.base import Adapter, lengthened
 from frameloom.diffusion.cond import Cond
 from frameloom.diffusion.denoiser import Latent
 from frameloom.diffusion.paths import Path
@@ -28,7 +28,7 @@ class CogVideoX(Adapter):
         ofs = x.new_full((1,), 2.0) if host.config.ofs_embed_dim else None
         rotary = self._rotary(x) if host.config.use_rotary_positional_embeddings else None
         told = {"ofs": ofs, "image_rotary_emb": rotary, "return_dict": False}
-        return host(video.to(host.dtype), cond["text"], index(t), **told)[0]
+        return host(video.to(host.dtype), cond["text"], self.clock(t), **told)[0]
 
     def _rotary(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Cosines and sines of all tokens' positions; kept, as a run asks for the same ones at every step."""

@@ -7,7 +7,7 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from frameloom.diffusion.adapters.base import Adapter, index, swap_channels
+from frameloom.diffusion.adapters.base import Adapter, swap_channels
 from frameloom.diffusion.cond import Cond
 from frameloom.diffusion.denoiser import Latent
 from frameloom.diffusion.hooks import patched
@@ -29,7 +29,7 @@ class Latte(Adapter):
         super().__init__(host, path, kind, Latent(channels, config.video_length, size, size, per_frame))
 
     def call(self, x: Tensor, t: Tensor, cond: Cond) -> Tensor:
-        video, at = swap_channels(x).to(self.host.dtype), index(t)
+        video, at = swap_channels(x).to(self.host.dtype), self.clock(t)
         given = {"encoder_hidden_states": cond["text"]}
         if (mask := cond.get("text_mask")) is not None:  # as the bias that the host's attention adds, one per frame
             bias = (1 - mask.to(video.dtype))[:, None] * -10000.0

@@ -4,7 +4,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from frameloom.diffusion.adapters.base import Adapter, index, swap_channels
+from frameloom.diffusion.adapters.base import Adapter, swap_channels
 from frameloom.diffusion.cond import Cond
 from frameloom.diffusion.denoiser import Latent
 from frameloom.diffusion.paths import Path
@@ -23,7 +23,7 @@ class UNet3D(Adapter):
         return {"encoder_hidden_states": cond["text"]}
 
     def call(self, x: Tensor, t: Tensor, cond: Cond) -> Tensor:
-        host, at = self.host, index(t)
+        host, at = self.host, self.clock(t)
         video, told = swap_channels(x).to(host.dtype), self.told(cond, x.shape[1])
         if t.ndim == 1:
             return swap_channels(host(video, at, return_dict=False, **told)[0])

@@ -11,8 +11,9 @@ A base is a denoiser adapter (`frameloom.diffusion.adapters`), an exactly invert
 of its parameterisation at random times, frames weighted alike.
 """
 
+import logging
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
 import torch
@@ -22,16 +23,20 @@ from torch import Tensor, nn
 
 from frameloom.diffusion.adapters.base import Adapter
 from frameloom.diffusion.cond import Cond
+from frameloom.diffusion.denoiser import Denoiser, rebase
 from frameloom.diffusion.generator import Defaults
 from frameloom.diffusion.guide import CFG, Guide
 from frameloom.diffusion.objective import LogitNormal, LogNormalSigma, mse, uniform
 from frameloom.diffusion.paths import EDM, VP, Flow, Path
 from frameloom.diffusion.predict import target
-from frameloom.diffusion.step import Grids, Universal
+from frameloom.diffusion.step import STEPS as STEPPERS
+from frameloom.diffusion.step import Grids, Step, Universal
 from frameloom.errors import InputError
 from frameloom.language.words import WordEncoder, Words
 from frameloom.training.recipe import Recipe
 from frameloom.world import VOCABULARY
+
+log = logging.getLogger("frameloom")
 
 WORDS = Words(VOCABULARY, length=16)
 LABELS = 10
@@ -48,7 +53,8 @@ class Config:
     """A base: its `host` (a key of `HOSTS`), its clip, the patch that becomes channels, its path and prediction.
 
     `prediction` is what the host's raw output means (`frameloom.diffusion.predict`); a student of a distillation has
-    its teacher's host on another path.
+    its teacher's host on another path, or (`rebase`, the name of that path) the whole teacher seen from it. `distilled`
+    is the number of steps that a student was made for, with the guidance baked in.
     """
 
     host: str
@@ -60,6 +66,8 @@ class Config:
     prediction: str = "v"
     width: int = 32
     image: bool = False
+    rebase: str = ""
+    distilled: int = 0
 
 
 def build(config: Config) -> Adapter:
@@ -144,7 +152,6 @@ class Base(nn.Module):
 
     id: ClassVar[str] = ""
     fps = 8.0
-    step = Universal()
 
     def __init__(self, config: Config) -> None:
         from diffusers.models.attention_processor import AttnProcessor
@@ -174,8 +181,12 @@ class Base(nn.Module):
         return self.id
 
     @property
-    def denoiser(self) -> Adapter:
-        return self.adapter
+    def denoiser(self) -> Denoiser:
+        return rebase(self.adapter, PATHS[self.config.rebase]) if self.config.rebase else self.adapter
+
+    @property
+    def step(self) -> Step:
+        return STEPPERS["rfpp"] if self.config.rebase else Universal()
 
     @property
     def words(self) -> Words | None:
@@ -187,6 +198,8 @@ class Base(nn.Module):
 
     @property
     def defaults(self) -> Defaults:
+        if self.config.distilled:
+            return Defaults(steps=self.config.distilled, guidance=1.0)
         # A picture model of digits, and a model that follows a picture, have no words to be guided by.
         return Defaults(steps=25, guidance=2.0 if not self.has_text else 4.0)
 
@@ -253,19 +266,40 @@ class Base(nn.Module):
         return video.expand(-1, -1, 3, -1, -1)
 
     def grid(self, steps: int) -> Tensor:
-        path = self.adapter.path
+        path = self.denoiser.path
         if isinstance(path, EDM):
             return Grids.karras(path, steps, high=path.t_max)
         return Grids.trailing(path, steps) if isinstance(path, VP) else Grids.linear(path, steps)
 
     def guided(self, w: float) -> Guide:
+        if self.config.distilled:
+            log.warning("this student has its teacher's guidance in its weights; more of it exaggerates")
         return CFG(w)
 
     def start(self, noise: Tensor, steps: int) -> Tensor:
-        return noise * float(self.adapter.path.coef(self.grid(steps)[0])[2])
+        return noise * float(self.denoiser.path.coef(self.grid(steps)[0])[2])
 
     def latent_frames(self, frames: int) -> int:
         return frames
+
+    # --- distillation: see frameloom.tasks.distillation ---------------------------------------------------------------
+
+    @property
+    def classes(self) -> list[str]:
+        """The prompts of a model that knows only so many."""
+        return [str(digit) for digit in range(LABELS)] if self.config.host == "unet2d" else []
+
+    def student(self, steps: int, exact: bool = False) -> "Base":
+        """A copy on the rectified flow, for so many steps: its output is read as a velocity, or (`exact`) the velocity
+        is that of the copied model, read off its estimate of the data. A model on the flow stays as it is.
+        """
+        config = replace(self.config, distilled=steps)
+        if not isinstance(self.denoiser.path, Flow):
+            flow = {"rebase": "flow"} if exact else {"path": "flow", "prediction": "velocity"}
+            config = replace(config, **flow)
+        made = type(self)(config).to(self.device)
+        made.load_state_dict(self.state_dict())
+        return made
 
     # --- training ----------------------------------------------------------------------------------------------------
 

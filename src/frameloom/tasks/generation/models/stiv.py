@@ -17,7 +17,7 @@ arXiv 2412.07730.
 
 import logging
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
@@ -52,7 +52,8 @@ class Config:
     come from outside). `words` is the size of the vocabulary of a text encoder that is learned along (0: text vectors
     `text_width` wide come from outside). `restore` blocks at the end see all tokens after `mask_ratio` of the spatial
     tokens were left out of the blocks before, in training. `micro` numbers describe a clip: height, width, crop top,
-    crop left, frames between two frames (stride), frames.
+    crop left, frames between two frames (stride), frames. `distilled` is the number of steps that a student of a
+    distillation was made for, with the guidance baked in.
     """
 
     width: int
@@ -71,6 +72,7 @@ class Config:
     micro: int = 6
     drop_text: float = 0.1
     drop_image: float = 0.08
+    distilled: int = 0
 
 
 TINY = Config(width=192, depth=6, heads=6, channels=128, frames=16, side=2, text_width=128, words=len(WORDS), codec=16,
@@ -225,10 +227,14 @@ class STIV(nn.Module):
     name = "stiv"
     fps = 8.0
     needs_image = False
-    defaults = Defaults(steps=24, guidance=4.0)
     step = DPMpp2M()
     knows = "one or two of small large red orange yellow green blue purple ball box capsule that rolls slides left " \
             "right, rises, sinks or stands still, behind or in front of the other"  # fmt: skip
+
+    @property
+    def defaults(self) -> Defaults:
+        distilled = self.config.distilled
+        return Defaults(steps=distilled, guidance=1.0) if distilled else Defaults(steps=24, guidance=4.0)
 
     @property
     def words(self) -> Words | None:
@@ -268,6 +274,8 @@ class STIV(nn.Module):
         return self.codec.decode(latents)
 
     def guided(self, w: float) -> Guide:
+        if self.config.distilled:
+            log.warning("this student has its teacher's guidance in its weights; more of it exaggerates")
         return Joint(w)
 
     def grid(self, steps: int) -> Tensor:
@@ -278,6 +286,12 @@ class STIV(nn.Module):
 
     def latent_frames(self, frames: int) -> int:
         return frames
+
+    def student(self, steps: int, exact: bool = False) -> "STIV":
+        """A copy for so many steps (see `frameloom.tasks.distillation`): the model moves on the flow as it is."""
+        made = STIV(replace(self.config, distilled=steps)).to(self.patch_in.weight.device)
+        made.load_state_dict(self.state_dict())
+        return made
 
     # --- training --------------------------------------------------------------------------------------------------
 
