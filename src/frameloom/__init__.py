@@ -21,6 +21,7 @@ _HOMES = {
     "decompress": "frameloom.tasks.compression",
     "inspect": "frameloom.tasks.compression",
     "interpolate": "frameloom.tasks.interpolation",
+    "live": "frameloom.tasks.editing",
     "load": "frameloom.training.pretrained",
     "read": "frameloom.video.reader",
     "train": "frameloom.training.loop",
