@@ -8,7 +8,7 @@ says how those steps are carried out. Whatever it does, one frame comes out for 
 import logging
 import time
 from collections import deque
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import pairwise
@@ -37,7 +37,7 @@ NOISE = ("fixed", "ddim", "none")
 Picture = Float[Tensor, "3 h w"]
 
 
-def indices(strength: float, count: int) -> tuple[int, ...]:
+def indices(strength: float | int, count: int) -> tuple[int, ...]:
     """`count` indices of the grid for a strength in (0, 1]: 1 leaves nothing of the input, near 0 nearly all.
 
     The first is int(49 (1 - strength)), the others lie evenly between it and the end.
@@ -255,7 +255,7 @@ class Live:
 
     # --- frame by frame ---------------------------------------------------------------------------------------------
 
-    def push(self, frame: Picture) -> Picture | None:
+    def push(self, frame: Picture) -> Float[Tensor, "3 h2 w2"] | None:
         """The next finished frame, if there is one, for the next frame that goes in (`(3, h, w)` in [0, 1])."""
         self._ready += [self.leave(latent) for latent in self.advance(self.enter(frame))]
         return self._ready.popleft() if self._ready else None
@@ -385,7 +385,7 @@ def live(
 class LiveSource(Source):
     """Another source, restyled. Three workers: reading and encoding, the network, decoding."""
 
-    def __init__(self, base: Source, make: partial, label: str, drop: bool = False, queue: int = 4) -> None:
+    def __init__(self, base: Source, make: Callable[[], Live], label: str, drop: bool = False, queue: int = 4) -> None:
         self.base, self.make, self.label, self.drop, self.queue = base, make, label, drop, queue
         self.live: Live = make()  # what is wrong with the request is said now
         self.info = replace(base.info, width=self.live.model.width, height=self.live.model.height)

@@ -17,7 +17,7 @@ Residual guidance replaces the unconditional branch: with r = (x - a x_ref) / c,
 `self` takes the clean input as x_ref (n evaluations a frame), `onetime` what the network says under the negative prompt
 at the first slot (n + 1), `full` is classifier-free guidance (2 n). x_ref travels with its request from slot to slot.
 
-A gate looks at the input: with cos the cosine similarity to the last frame that was let through, a frame is skipped
+A gate looks at the input: with cos the cosine similarity, in [-1, 1], to the last frame let through, a frame is skipped
 with probability max(0, (cos - eta) / (1 - eta)), at most ten in a row. By chance and not by a threshold, so that slow
 motion is not held and let go by turns.
 
@@ -58,8 +58,9 @@ class Gate:
     def probability(self, picture: Picture) -> float:
         if self.reference is None or self.reference.shape != picture.shape:
             return 0.0
-        # In float64: near 1, where it matters, a float32 cosine is off by as much as the gate is wide.
-        alike = F.cosine_similarity(picture.double().flatten(), self.reference.double().flatten(), 0)
+        # Of values around 0, as networks see them: in [0, 1] any two pictures are alike.
+        first, second = (2 * one.double().flatten() - 1 for one in (self.reference, picture))
+        alike = F.cosine_similarity(first, second, 0)
         return max(0.0, (float(alike) - self.eta) / (1 - self.eta))
 
     def skips(self, picture: Picture) -> bool:
