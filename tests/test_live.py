@@ -2,7 +2,6 @@
 
 import json
 import logging
-import subprocess
 import sys
 import threading
 import time
@@ -11,7 +10,7 @@ from itertools import islice
 import pytest
 import torch
 
-import frameloom
+from frameloom.cli.app import main
 from frameloom.cli.chain import parse_prompts
 from frameloom.diffusion.analytic import GaussianMixture
 from frameloom.diffusion.cond import Cond
@@ -132,18 +131,22 @@ def test_a_launch_a_frame_and_the_paper_s_evaluations(guidance, price):
     assert torch.equal(model.asked[2][0][:3], model.grid(50)[[5, 20, 40]])
 
 
-def test_the_written_out_step_of_one_frame():
+def test_the_written_out_step_of_one_frame(monkeypatch):
+    # LCM's own scalings are 0 and 1 to five digits at all but the last index.
+    for place in ("streamdiffusion", "sequential"):
+        scale = lambda path, t: (torch.full_like(t, 0.2), torch.full_like(t, 0.9))  # noqa: E731
+        monkeypatch.setattr(f"frameloom.tasks.editing.{place}.scalings", scale)
     model, frame = Toy(), pictures(1)[0]
-    stream = Stream(model, "b", Settings(t_index=(10, 30), guidance="self", w=1.4, boundary=True))
+    settings = Settings(t_index=(10, 30), guidance="self", w=1.4, boundary=True)
+    stream = Stream(model, "b", settings)
     z, cond, clean = stream.noises, model.text(["b"]), frame[None, None]
-    x = clean
+    x0 = clean
     for number, t in enumerate(model.grid(50)[[10, 30]]):
         a, _, c = model.path.coef(t)
-        x = float(a) * x + float(c) * z[number : number + 1]
-        x0 = clean + 1.4 * (model.exact(x, t[None], cond).x0 - clean)
-        s = 10 * (float(t) - 1)
-        x = s / (s * s + 0.25) ** 0.5 * x0 + 0.25 / (s * s + 0.25) * x
-    assert torch.allclose(latents(stream, [frame]), x, atol=1e-5)
+        x = float(a) * x0 + float(c) * z[number : number + 1]
+        x0 = 0.9 * (clean + 1.4 * (model.exact(x, t[None], cond).x0 - clean)) + 0.2 * x
+    assert torch.allclose(latents(stream, [frame]), x0, atol=1e-5)
+    assert torch.allclose(latents(Sequential(model, "b", settings), [frame]), x0, atol=1e-5)
 
 
 def test_boundary_scalings_are_those_of_diffusers():
@@ -338,7 +341,7 @@ def test_requests_that_cannot_be(toy, monkeypatch):
     for told, call in {
         "one of them says": lambda: live(clip, "a", t_index=(3,), strength=0.5),
         "--strength 2": lambda: live(clip, "a", strength=2),
-        "only 5 steps are left": lambda: live(clip, "a", strength=0.1, steps=8),
+        "only 6 steps are left": lambda: live(clip, "a", strength=0.1, steps=8),
         "no setting wide": lambda: live(clip, "a", wide=1),
         "sequential skips no frames": lambda: live(clip, "a", "sequential", similar=0.9),
         "the first frame has none": lambda: live(clip, {3: "a"}),
@@ -380,6 +383,7 @@ def test_frames_of_another_size_begin_anew_and_none_is_lost(caplog):
     out = [frame for frame in out if frame is not None] + stream.flush()
     alone = [frame for frames in (first, second) for frame in _alone(frames)]
     assert len(out) == 9
+    assert stream.report.launches == 5 + 2 + 4 + 2
     assert torch.allclose(torch.stack(out), torch.stack(alone), atol=1e-5)
 
 
@@ -396,21 +400,36 @@ def test_from_noise_the_input_does_not_matter():
     assert torch.allclose(first, latents(Sequential(Toy(), "a", settings), pictures(4)), atol=1e-4)
 
 
-def test_the_command_line(tmp_path):
+def test_the_command_line(tmp_path, monkeypatch, capsys):
+    log = logging.getLogger("frameloom")
+    monkeypatch.setattr(log, "propagate", log.propagate)
+    monkeypatch.setattr(log, "handlers", log.handlers)
     source = make(tmp_path / "in.mp4", moving(8, 32, 48), rate=12)
     out = tmp_path / "out.mp4"
-    command = [sys.executable, "-m", "frameloom", "live", str(source), str(out), "--weights", "digits-16"]
-    done = subprocess.run([*command, "--prompt", "3", "--then", "4: 5", "--t-index", "20,32", "--json"],
-                          capture_output=True, text=True, timeout=120)  # fmt: skip
-    assert done.returncode == 0, done.stderr
-    facts = json.loads(done.stdout)
+
+    def run(*flags):
+        monkeypatch.setattr(sys, "argv", ["frameloom", "live", str(source), str(out), *flags])
+        with pytest.raises(SystemExit) as left:
+            main()
+        return left.value.code, *capsys.readouterr()
+
+    given = ("--weights", "digits-16", "--prompt", "3")
+    code, said, told = run(*given, "--then", "4: 5", "--t-index", "20,32", "--json")
+    assert code == 0, told
+    facts = json.loads(said)
     assert (facts["frames"], facts["launches"], facts["evaluations"]) == (8, 9, 16)
-    assert "streamdiffusion with digits-16 on cpu, steps 20,32 of 50, guidance self, 1 frames behind" in done.stderr
+    assert "streamdiffusion with digits-16 on cpu, steps 20,32 of 50, guidance self, 1 frames behind" in told
     assert len(read(out)) == 8
     out.unlink()
-    done = subprocess.run([*command, "--prompt", "3", "--t-index", "45,32"], capture_output=True, text=True)
-    assert done.returncode == 2
-    last = "frameloom: --t-index must ascend and stay below 50; got 45,32"
-    assert done.stderr.splitlines()[-1] == last
-    assert not out.exists()
-    assert callable(frameloom.live)
+    for flags, line in {
+        ("--t-index", "45,32"): "--t-index must ascend and stay below 50; got 45,32",
+        ("--t-index", "a"): "--t-index a: whole numbers separated by commas",
+        ("--prompt", "eleven"): 'digits-16 does not know "eleven"',
+        ("--drop", "--resume"): "--resume: what --drop leaves out depends on the clock",
+        ("--guidance", "self", "--from-noise"): "use onetime",
+    }.items():
+        code, said, told = run(*given, *flags)
+        assert (code, said) == (2, "")
+        assert told.splitlines()[-1].startswith("frameloom: ")
+        assert line in told.splitlines()[-1]
+    assert [path.name for path in tmp_path.iterdir()] == ["in.mp4"]
