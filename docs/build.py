@@ -52,6 +52,40 @@ Source frames (first and last) and the three made between them:
 ![Five frames, three of them made](../pictures/slow-motion.png)
 """,
     ),
+    "live": (
+        "Restyle a video by words as it comes: a few steps a frame, all frames in flight in one launch.",
+        """```
+frameloom live in.mp4 out.mp4 --prompt "a large blue ball" --strength 0.5          # how much may change
+frameloom live in.mp4 out.mp4 --prompt "a blue ball" --t-index 16,32,45            # or where exactly, of 50 steps
+frameloom live /dev/video0 out.mkv --prompt "a blue ball" --drop --similar 0.98    # keep pace; rest when nothing moves
+frameloom live in.mp4 out.mp4 --prompt "a red ball" --then "60: a green ball" --prompt-ramp 12
+frameloom live in.mp4 out.mp4 --prompt "a blue ball" --weights DIR                 # any model that generates
+```
+
+```python
+import frameloom as fl
+from frameloom.diffusion.generator import open_generator
+from frameloom.tasks.editing import Settings
+from frameloom.tasks.editing.streamdiffusion import Stream
+
+restyled = fl.live(fl.read("in.mp4"), "a blue ball", strength=0.5)     # a lazy clip
+
+stream = Stream(open_generator(), "a blue ball", Settings(t_index=(32, 45)))
+for frame in camera:                              # (3, h, w) in [0, 1]
+    shown = stream.push(frame)                    # None while the slots fill, then one frame for each
+stream.say("a red ball")                          # from the next frame on; nothing is started anew
+rest = stream.flush()
+```
+
+An input frame is fitted to the model's size, mixed with noise to the first of its steps, and comes out after the last;
+one frame comes out for every frame that goes in. `--t-index` names steps of a grid of 50, the noisiest first: a low
+first index changes more, `--strength` computes them. Guidance `self` costs nothing and is led by the input, `onetime`
+costs one evaluation a frame, `full` doubles them. Reading, network and writing run in threads of their own; where the
+network is slower the input waits, or under `--drop` the oldest waiting frame is left out and the output before stands
+in its place.
+Meant for models that were distilled to few steps (LCM): others blur, and say so.
+""",
+    ),
     "compress": (
         "Store a video in one `.flm` file that decodes on its own, any frame of it first.",
         """```

@@ -23,6 +23,7 @@ _HOMES = {
     "distill": "frameloom.tasks.distillation",
     "inspect": "frameloom.tasks.compression",
     "interpolate": "frameloom.tasks.interpolation",
+    "live": "frameloom.tasks.editing",
     "load": "frameloom.training.pretrained",
     "predict": "frameloom.tasks.generation",
     "read": "frameloom.video.reader",

@@ -97,3 +97,15 @@ def parse_numbers(text: str | None, flag: str) -> list[int] | None:
         return [int(part) for part in text.split(",")]
     except ValueError:
         raise InputError(f"{flag} {text}: whole numbers separated by commas, such as 5,4,4,2,2") from None
+
+
+def parse_prompts(first: str, later: list[str]) -> dict[int, str]:
+    """A prompt, and others of the form `FRAME: PROMPT`, by the frame at which each begins."""
+    prompts = {0: first}
+    for text in later:
+        number, colon, prompt = text.partition(":")
+        if not colon or not number.strip().isdecimal() or int(number) in prompts:
+            raise InputError(f'--then "{text}": a frame after the first, a colon and a prompt, '
+                             'such as "120: a blue ball"; each frame once')  # fmt: skip
+        prompts[int(number)] = prompt.strip()
+    return prompts

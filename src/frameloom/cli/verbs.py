@@ -10,7 +10,7 @@ from frameloom.cli import options
 
 
 def register(app: typer.Typer) -> None:
-    for command in (interpolate, compress, decompress, inspect, run):
+    for command in (interpolate, live, compress, decompress, inspect, run):
         app.command()(command)
 
 
@@ -29,7 +29,7 @@ def finish(clip, output: Path, *, codec: str, crf, preset, resume: bool, json: b
     if json:
         terminal.emit(facts)
         return
-    if report and (report.cuts or report.duplicates):
+    if getattr(report, "cuts", 0) or getattr(report, "duplicates", 0):
         terminal.say(f"{report.cuts} scene cuts held, {report.duplicates} repeated frames kept")
     terminal.say(terminal.describe_result(output, len(clip), clip.rate, seconds, float(clip.duration)))
 
@@ -85,6 +85,70 @@ def interpolate(
     made = verb(clip, fps, name, slow=slow, weights=weights, device=device, tile=tile, dedupe=dedupe, strict=strict)
     terminal.say(f"{name} on {device}, {len(clip):,} frames to {len(made):,}")
     finish(made, output, codec=codec, crf=crf, preset=preset, resume=resume, json=json, extra={"method": name})
+
+
+def live(
+    input: options.Input,
+    output: options.Output,
+    prompt: Annotated[str, typer.Option(help="what the video is to show")],
+    then: Annotated[list[str] | None, typer.Option(help='another prompt from a frame on: "120: a blue ball"')] = None,
+    prompt_ramp: Annotated[int, typer.Option(help="frames over which a new prompt is faded in")] = 0,
+    negative: Annotated[str, typer.Option(help="what it is not to show, for --guidance full and onetime")] = "",
+    t_index: Annotated[str | None, typer.Option(help="steps of a grid of 50 to take; low changes more")] = None,
+    strength: Annotated[float | None, typer.Option(help="instead: how much is to change, up to 1")] = None,
+    steps: Annotated[int, typer.Option(help="how many, with --strength")] = 2,
+    guidance: Annotated[str, typer.Option(help="none, self, onetime (one evaluation more) or full (twice)")] = "self",
+    w: Annotated[float, typer.Option("--w", help="strength of the guidance")] = 1.2,
+    delta: Annotated[float, typer.Option(help="strength of the reference in self and onetime guidance")] = 1.0,
+    noise: Annotated[str, typer.Option(help="between steps: fixed, ddim (the estimated one) or none")] = "fixed",
+    similar: Annotated[float | None, typer.Option(help="skip frames as alike as this, such as 0.98")] = None,
+    temporal_blend: Annotated[float, typer.Option(help="share of the output before in the next frame")] = 0.0,
+    from_noise: Annotated[bool, typer.Option("--from-noise", help="text to image: the input only beats time")] = False,
+    drop: Annotated[bool, typer.Option("--drop", help="keep the pace of the input; frames may be dropped")] = False,
+    method: options.Method = "auto",
+    weights: options.Weights = None,
+    seed: options.Seed = 0,
+    device: options.Device = "cpu",
+    codec: options.Codec = "h264",
+    crf: options.Crf = None,
+    preset: options.Preset = None,
+    resume: options.Resume = False,
+    stream: options.Stream = 0,
+    range: options.Range = None,
+    rate: options.Rate = None,
+    deinterlace: options.Deinterlace = False,
+    keep_readable: options.KeepReadable = False,
+    json: options.Json = False,
+) -> None:
+    """Restyle a video by words as it comes, frame by frame, in a few steps."""
+    from frameloom.cards import chosen
+    from frameloom.cli import terminal
+    from frameloom.cli.chain import parse_numbers, parse_prompts
+    from frameloom.errors import InputError
+    from frameloom.tasks.editing import live as verb
+    from frameloom.video.reader import read
+    from frameloom.video.writer import check_output
+
+    terminal.listen()
+    if drop and resume:
+        raise InputError("--resume: what --drop leaves out depends on the clock; such a run cannot be taken up again")
+    clip = read(input, stream=stream, range=range, rate=rate, deinterlace=deinterlace, keep_readable=keep_readable)
+    terminal.say(terminal.describe(clip, Path(input).name))
+    name = chosen(method, "live")
+    made = verb(clip, parse_prompts(prompt, then or []), name, t_index=parse_numbers(t_index, "--t-index"),
+                strength=strength, steps=steps, weights=weights, device=device, drop=drop, guidance=guidance, w=w,
+                delta=delta, negative=negative, noise=noise, similar=similar, blend=temporal_blend, ramp=prompt_ramp,
+                from_noise=from_noise, seed=seed)  # fmt: skip
+    check_output(made, output)
+    source = made.source
+    taken = ",".join(map(str, source.live.settings.t_index))
+    terminal.say(f"{name} with {source.live.model.name} on {device}, steps {taken} of 50, guidance {guidance}, "
+                 f"{source.live.delay} frames behind, {made.info.width}x{made.info.height}")  # fmt: skip
+    finish(made, output, codec=codec, crf=crf, preset=preset, resume=resume, json=json, extra={"method": name})
+    report = source.report
+    spared = f", {report.skipped} skipped, {report.dropped} dropped" if report.skipped or report.dropped else ""
+    terminal.say(f"{report.live_fps:g} frames a second, {report.launches} launches, {report.evaluations} evaluations"
+                 f"{spared}")  # fmt: skip
 
 
 def compress(

@@ -118,17 +118,33 @@ def _pipeline(weights: str, device: str) -> Generator:
     return load_pipeline(weights, device)
 
 
-def fitted(picture: Float[Tensor, "3 h w"], height: int, width: int) -> Float[Tensor, "3 h2 w2"]:
+def fitted(picture: Float[Tensor, "3 h w"], height: int, width: int, quiet: bool = False) -> Float[Tensor, "3 h2 w2"]:
     """A picture at a model's size: the middle of it that has the right shape, scaled; says what was cut off."""
     _, h, w = picture.shape
     scale = max(height / h, width / w)
-    if abs(height / h - width / w) * min(h, w) > 1:
+    if abs(height / h - width / w) * min(h, w) > 1 and not quiet:
         log.warning("the picture is %dx%d and the model makes %dx%d: its middle is used", w, h, width, height)
     size = (max(height, round(h * scale)), max(width, round(w * scale)))
     if size != (h, w):
         picture = F.interpolate(picture[None], size=size, mode="bilinear", antialias=True, align_corners=False)[0]
     top, left = (size[0] - height) // 2, (size[1] - width) // 2
     return picture[:, top : top + height, left : left + width].clamp(0, 1)
+
+
+def check_words(model: Generator, text: str, strict: bool = False) -> None:
+    """Say which words a model with a closed vocabulary does not know, or stop there."""
+    words = getattr(model, "words", None)
+    if words is None:
+        return
+    unknown = words.unknown(text)
+    if not unknown:
+        return
+    known = model.knows
+    told = ", ".join(f"{word} ({near}?)" if (near := words.nearest(word)) else word for word in unknown)
+    line = f"{model.name} does not know {told}; it knows {known}"
+    if strict:
+        raise InputError(f"--strict: {line}")
+    log.warning("%s; the other words are used", line)
 
 
 def seeded(shape: Sequence[int], seed: int, device: str | torch.device = "cpu") -> Tensor:

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from frameloom.cards import card, cards, chosen
 from frameloom.diffusion.cond import Cond
-from frameloom.diffusion.generator import Generator, fitted, open_generator
+from frameloom.diffusion.generator import Generator, check_words, fitted, open_generator
 from frameloom.diffusion.guide import Guide, Unguided
 from frameloom.diffusion.step import STEPS, Step, step
 from frameloom.errors import InputError
@@ -153,7 +153,7 @@ def settle(
     if 0 < guidance < 1:
         log.warning("guidance %g is below 1: the prompt counts for less than without guidance", guidance)
     for text, _ in scenes:
-        _check_words(model, text, strict)
+        check_words(model, text, strict)
     total = sum(count for _, count in scenes)
     pictures = dict(given or {})
     if image is not None:
@@ -165,22 +165,6 @@ def settle(
         raise InputError(f"{model.name} makes video from a picture: give it one with --image")
     pictures = {number: fitted(picture, model.height, model.width) for number, picture in sorted(pictures.items())}
     return Request(scenes, steps, guidance, seed, solver, pictures)
-
-
-def _check_words(model: Generator, text: str, strict: bool) -> None:
-    """Say which words a model with a closed vocabulary does not know, or stop there."""
-    words = getattr(model, "words", None)
-    if words is None:
-        return
-    unknown = words.unknown(text)
-    if not unknown:
-        return
-    known = model.knows
-    told = ", ".join(f"{word} ({near}?)" if (near := words.nearest(word)) else word for word in unknown)
-    line = f"{model.name} does not know {told}; it knows {known}"
-    if strict:
-        raise InputError(f"--strict: {line}")
-    log.warning("%s; the other words are used", line)
 
 
 def condition(model: Generator, request: Request, text: str | None = None) -> Cond:
