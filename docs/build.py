@@ -17,6 +17,39 @@ HERE = Path(__file__).parent
 ROOT = HERE.parent
 
 VERBS = {
+    "generate": (
+        "Make a video from words, from a picture, or from any frames; `predict` goes on with one.",
+        """```
+frameloom generate "a small red ball rolls left behind a large blue box" -o out.mp4     # the shipped model, seconds
+frameloom generate "a large red ball rolls right" --image first.png -o out.mp4           # begins with that picture
+frameloom generate "a large red ball rolls left" --frames 64 --method freenoise -o long.mp4
+frameloom generate "a large red ball rolls left" --frames 512 --method ouroboros -o endless.mp4
+frameloom generate --prompts "20: a red ball rolls left; 20: a blue box rises" --method freenoise -o two.mp4
+frameloom generate "..." --weights FOLDER-OR-HUB-ID -o out.mp4                            # a diffusers pipeline
+frameloom generate "..." --memory-budget 2GB --method streamlined -o out.mp4
+frameloom generate 7 --weights runs/one-step --steps 1 -o seven.mp4                       # see distill
+frameloom predict in.mp4 more.mp4 --frames 8
+frameloom interpolate a.png b.png --method stiv -o between.mp4
+```
+
+```python
+import frameloom as fl
+
+clip = fl.generate("a large red ball rolls left")        # lazy: sampled when frames are asked for
+fl.predict(clip[:4], frames=8).save("more.mp4")
+```
+
+A *model* makes short clips, a *strategy* says how it is sampled; `--method` names either. Any strategy runs on any
+model that has what it needs, and says what is missing where it does not. The shipped models know a closed vocabulary: one or
+two of a small or large, red, orange, yellow, green, blue or purple ball, box or capsule that rolls or slides left or
+right, rises, sinks or stands still, behind or in front of the other. Other words are named and left out (`--strict`
+stops at them). Pictures smaller than 128 pixels are shown enlarged (`--zoom 1` for the bare pixels).
+
+`--weights` takes a shipped model by name, the folder of a training or distillation, or a diffusers pipeline (a folder
+or a hub id): TextToVideoSD, AnimateDiff, Latte, CogVideoX, Stable Video Diffusion, Wan, LTX and Stable Diffusion. The
+loop is frameloom's own for all of them; `benchmarks/diffusion.py` compares it with diffusers' own, step for step.
+""",
+    ),
     "interpolate": (
         "Change the frame rate of a video, or slow it down: pictures at instants nobody recorded.",
         """```
@@ -117,7 +150,7 @@ stored in a `.flm` file.
 frameloom distill --teacher digits-16 -o runs/one-step --recipe reflow       # InstaFlow: two stages, one step
 frameloom distill --teacher digits-16 -o runs/few-steps --recipe rfpp        # 2-rectified flow++: one to five steps
 frameloom distill --teacher runs/stiv --prompts captions.txt -o runs/fast    # a model of words: a sentence a line
-frameloom generate seven.mp4 --prompt 7 --weights runs/one-step --steps 1
+frameloom generate 7 -o seven.mp4 --weights runs/one-step --steps 1
 ```
 
 ```python
@@ -142,7 +175,7 @@ one step is Euler's.
 def methods_table(chosen: list[Card]) -> str:
     rows = ["| id | paper | ships | what it is |", "|---|---|---|---|"]
     for card in chosen:
-        paper = f"{card.venue} {card.year}" if card.year else "baseline"
+        paper = f"{card.venue} {card.year}" if card.year else "shipped model" if card.kind == "base" else "baseline"
         paper += f", [arXiv {card.arxiv}](https://arxiv.org/abs/{card.arxiv})" if card.arxiv else ""
         ships = f"weights, {card.weights.parameters:,} parameters" if card.weights else "no weights needed"
         if card.sizes and not card.weights:

@@ -21,7 +21,7 @@ from torch.utils.data import DataLoader, Dataset
 from frameloom.cards import card
 from frameloom.errors import InputError, Interrupted
 from frameloom.progress import Progress, silent
-from frameloom.training.pretrained import save_pretrained
+from frameloom.training.pretrained import digest, load, save_pretrained
 from frameloom.training.recipe import Recipe
 
 
@@ -76,6 +76,7 @@ def train(
     seed: int = 0,
     device: str = "cpu",
     steps: int | None = None,
+    begin: str | Path | None = None,
     workers: int = 1,
     save_every: float = 60.0,
     progress: Progress = silent,
@@ -88,6 +89,8 @@ def train(
     Args:
         data: `"world"`, or `KIND:DIR` for a data set that the method knows.
         steps: another length than the recipe's.
+        begin: weights of another run to begin with, at half the recipe's rates; parameters that they lack begin fresh.
+            So a model is grown in stages, or goes on after its schedule has ended.
         workers: processes that prepare batches ahead; 0 prepares them in this one.
         save_every: seconds between saves of the state.
 
@@ -102,7 +105,13 @@ def train(
     recipe = kind.recipe(size)
     if steps is not None:
         recipe = replace(recipe, steps=steps, warmup=min(recipe.warmup, max(1, steps // 10)))
+    start = None
+    if begin is not None:
+        start = load(method, begin)
+        recipe = replace(recipe, lr=recipe.lr / 2, muon=recipe.muon / 2)
     run = {"method": method, "size": size, "data": data, "seed": seed, "recipe": asdict(recipe)}
+    if start is not None:
+        run["begin"] = digest(start)
     out = Path(out)
     out.mkdir(parents=True, exist_ok=True)
     claim_folder(out, run)
@@ -115,6 +124,8 @@ def train(
     dataset = kind.dataset(data, size, seed)
     if hasattr(model, "prepare") and not (out / "state.safetensors").is_file():
         model.prepare(dataset)
+    if start is not None:
+        _adopt(model, start)
     begun = time.monotonic()
     kept, done = fit(model, dataset, recipe, out, seed=seed, device=device, workers=workers, save_every=save_every,
                      progress=progress)  # fmt: skip
@@ -122,6 +133,15 @@ def train(
         save_pretrained(kept, method, out)
         (out / "README.md").write_text(_readme(run, time.monotonic() - begun, kept))
     return out
+
+
+def _adopt(model: nn.Module, start: nn.Module) -> None:
+    """Take over every parameter and buffer that both have. Raises InputError where one has another shape."""
+    given, own = start.state_dict(), model.state_dict()
+    for name, value in given.items():
+        if name in own and own[name].shape != value.shape:
+            raise InputError(f"--begin: {name} is {list(value.shape)} there and {list(own[name].shape)} here")
+    model.load_state_dict({name: value for name, value in given.items() if name in own}, strict=False)
 
 
 def fit(

@@ -53,7 +53,9 @@ class Config:
     `text_width` wide come from outside). `restore` blocks at the end see all tokens after `mask_ratio` of the spatial
     tokens were left out of the blocks before, in training. `micro` numbers describe a clip: height, width, crop top,
     crop left, frames between two frames (stride), frames. `distilled` is the number of steps that a student of a
-    distillation was made for, with the guidance baked in.
+    distillation was made for, with the guidance baked in. `numbered` adds a learned vector for every frame to its
+    tokens: rotary positions say how far apart two frames are, and a small model does not find out from them alone
+    which end of the clip it is at, so that things move along the right line in either direction.
     """
 
     width: int
@@ -70,13 +72,14 @@ class Config:
     mask_ratio: float = 0.0
     restore: int = 2
     micro: int = 6
+    numbered: bool = False
     drop_text: float = 0.1
     drop_image: float = 0.08
     distilled: int = 0
 
 
 TINY = Config(width=192, depth=6, heads=6, channels=128, frames=16, side=2, text_width=128, words=len(WORDS), codec=16,
-              prediction="data")  # fmt: skip
+              prediction="data", numbered=True)  # fmt: skip
 # The 8.7 billion of the paper: 46 blocks, 3072 wide, on the latents of a separate autoencoder.
 PAPER = Config(width=3072, depth=46, heads=48, channels=8, patch=2, frames=20, side=64, text_width=1280,
                mask_ratio=0.5)  # fmt: skip
@@ -159,6 +162,8 @@ class STIV(nn.Module):
         self.text_in = nn.Linear(config.text_width, width)
         self.patch_in = nn.Linear(config.channels * config.patch**2, width)
         self.mask_token = nn.Parameter(torch.zeros(width))
+        if config.numbered:
+            self.numbers = nn.Parameter(torch.zeros(config.frames, width))
         self.blocks = nn.ModuleList(Block(width, config.heads) for _ in range(config.depth))
         self.final = nn.Linear(width, 2 * width)
         self.patch_out = nn.Linear(width, config.channels * config.patch**2)
@@ -197,6 +202,8 @@ class STIV(nn.Module):
         modulation = rearrange(self.modulation(whole), "b (k d) -> b k d", k=6)
         text = self.text_in(text)
         space, time = self._positions(rows, columns, frames, x.device)
+        if c.numbered:
+            tokens = tokens + self._numbers(frames)[:, None].to(tokens.dtype)
         seen = tokens
         if keep is not None:
             index = keep[..., None].expand(-1, -1, -1, tokens.shape[-1])
@@ -210,6 +217,12 @@ class STIV(nn.Module):
         shift, scale = self.final(F.silu(whole))[:, None, None].chunk(2, -1)
         out = self.patch_out(_norm(seen) * (1 + scale) + shift)
         return rearrange(out, "b t (h w) (c p q) -> b t c (h p) (w q)", h=rows, p=c.patch, q=c.patch)
+
+    def _numbers(self, frames: int) -> Float[Tensor, "t d"]:
+        """The vectors of the frames; of a longer clip drawn together, of a shorter one the first."""
+        if frames <= self.config.frames:
+            return self.numbers[:frames]
+        return F.interpolate(self.numbers.T[None], size=frames, mode="linear", align_corners=True)[0].T
 
     def _positions(self, rows: int, columns: int, frames: int, device) -> tuple:
         """Rotary tables of space and time; beyond the trained size positions are drawn together, not continued."""
