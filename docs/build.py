@@ -40,10 +40,10 @@ fl.predict(clip[:4], frames=8).save("more.mp4")
 ```
 
 A *model* makes short clips, a *strategy* says how it is sampled; `--method` names either. Any strategy runs on any
-model that has what it needs, and says what is missing where it does not. The shipped models know a closed vocabulary: one or
-two of a small or large, red, orange, yellow, green, blue or purple ball, box or capsule that rolls or slides left or
-right, rises, sinks or stands still, behind or in front of the other. Other words are named and left out (`--strict`
-stops at them). Pictures smaller than 128 pixels are shown enlarged (`--zoom 1` for the bare pixels).
+model that has what it needs, and says what is missing where it does not. The shipped models know a closed vocabulary:
+one or two of a small or large, red, orange, yellow, green, blue or purple ball, box or capsule that rolls or slides
+left or right, rises, sinks or stands still, behind or in front of the other. Other words are named and left out
+(`--strict` stops at them). Pictures smaller than 128 pixels are shown enlarged (`--zoom 1` for the bare pixels).
 
 `--weights` takes a shipped model by name, the folder of a training or distillation, or a diffusers pipeline (a folder
 or a hub id): TextToVideoSD, AnimateDiff, Latte, CogVideoX, Stable Video Diffusion, Wan, LTX and Stable Diffusion. The
