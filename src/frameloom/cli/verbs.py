@@ -97,7 +97,7 @@ def live(
     t_index: Annotated[str | None, typer.Option(help="steps of a grid of 50 to take; low changes more")] = None,
     strength: Annotated[float | None, typer.Option(help="instead: how much is to change, up to 1")] = None,
     steps: Annotated[int, typer.Option(help="how many, with --strength")] = 2,
-    guidance: Annotated[str, typer.Option(help="none, self, onetime (one evaluation more) or full (twice)")] = "self",
+    guidance: Annotated[str, typer.Option(help="none, self, onetime (one evaluation more) or full (twice)")] = "none",
     w: Annotated[float, typer.Option("--w", help="strength of the guidance")] = 1.2,
     delta: Annotated[float, typer.Option(help="strength of the reference in self and onetime guidance")] = 1.0,
     noise: Annotated[str, typer.Option(help="between steps: fixed, ddim (the estimated one) or none")] = "fixed",

@@ -69,7 +69,7 @@ class Settings:
     """
 
     t_index: tuple[int, ...] = (32, 45)
-    guidance: str = "self"
+    guidance: str = "none"
     w: float = 1.2
     delta: float = 1.0
     negative: str = ""
