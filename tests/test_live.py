@@ -326,7 +326,7 @@ def test_dropped_frames_are_held_so_that_none_is_missing(toy):
     ({"t_index": ()}, "got nothing"),
     ({"t_index": (32, 32)}, "must ascend"),
     ({"guidance": "half"}, "--guidance half: this must be one of none, self, onetime, full"),
-    ({"from_noise": True}, "use onetime"),
+    ({"from_noise": True, "guidance": "self"}, "use onetime"),
     ({"similar": 1.5}, "--similar 1.5"),
     ({"blend": 1.0}, "--temporal-blend 1"),
     ({"ramp": -1}, "--prompt-ramp -1"),
@@ -418,7 +418,7 @@ def test_the_command_line(tmp_path, monkeypatch, capsys):
     assert code == 0, told
     facts = json.loads(said)
     assert (facts["frames"], facts["launches"], facts["evaluations"]) == (8, 9, 16)
-    assert "streamdiffusion with digits-16 on cpu, steps 20,32 of 50, guidance self, 1 frames behind" in told
+    assert "streamdiffusion with digits-16 on cpu, steps 20,32 of 50, guidance none, 1 frames behind" in told
     assert len(read(out)) == 8
     out.unlink()
     for flags, line in {
