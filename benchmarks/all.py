@@ -19,6 +19,8 @@ def main() -> None:
     run("startup")
     run("world")
     run("compression")
+    run("generation")
+    run("diffusion")
     folder = Path(sys.argv[1]) if len(sys.argv) > 1 else None
     clips = sorted(str(path) for path in folder.glob("*.mp4")) if folder and folder.is_dir() else []
     if not clips:

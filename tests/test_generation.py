@@ -548,6 +548,19 @@ def test_a_budget_is_met_or_said_to_be_too_small(models):
         fit(model, request, 10**6)
 
 
+def test_more_frames_than_memory_holds_are_refused_with_the_number_that_fits(models, monkeypatch):
+    model = models["latte"]
+    from frameloom.tasks.generation.base import activations
+
+    request = settle(model, BALL, frames=100, steps=2)
+    took = activations(model, request, 8)
+    monkeypatch.setattr("frameloom.diffusion.memory.available", lambda: 5 * took)
+    for strategy in (Direct(), FreeNoise()):
+        with pytest.raises(InputError, match=r"--frames 100: takes about .* 40 frames fit, and --method ouroboros"):
+            strategy.check(model, request)
+    Direct().check(model, settle(model, BALL, frames=32, steps=2))
+
+
 def peak_of(model, request):
     from frameloom.tasks.generation.strategies.streamlined import measure
 

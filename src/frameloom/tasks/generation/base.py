@@ -16,9 +16,11 @@ from jaxtyping import Float
 from torch import Tensor
 
 from frameloom.cards import card, cards, chosen
+from frameloom.diffusion import memory
 from frameloom.diffusion.cond import Cond
-from frameloom.diffusion.generator import Generator, check_words, fitted, open_generator
+from frameloom.diffusion.generator import Generator, check_words, fitted, open_generator, seeded
 from frameloom.diffusion.guide import Guide, Unguided
+from frameloom.diffusion.memory import PeakMemory
 from frameloom.diffusion.step import STEPS, Step, step
 from frameloom.errors import InputError
 from frameloom.progress import Progress, silent
@@ -193,6 +195,33 @@ def given_latents(model: Generator, request: Request) -> tuple[Tensor, Tensor] |
     given = torch.zeros(1, request.frames, dtype=torch.bool, device=latents.device)
     given[:, numbers] = True
     return given, clean
+
+
+def activations(model: Generator, request: Request, frames: int) -> int:
+    """Peak bytes of one guided evaluation of so many frames, by making one."""
+    cond = condition(model, request)
+    x = seeded(model.denoiser.latent.shape(2, model.latent_frames(frames)), 0)
+    t = model.grid(request.steps)[:1].expand(2)
+    with torch.no_grad(), PeakMemory() as meter:
+        model.denoiser(x, t, cond.repeat(2))
+    return meter.most + x.numel() * x.element_size()
+
+
+def check_memory(model: Generator, request: Request) -> None:
+    """Raises InputError, before the sampling, where a long clip does not fit in memory; says how many frames would.
+
+    The need is measured at the model's own length and grows with the frames (faster where all frames attend to all:
+    then this is the least).
+    """
+    length = model.denoiser.latent.frames
+    if request.frames <= 4 * length:
+        return
+    took, free = activations(model, request, length), memory.available()
+    if took * request.frames / length > free:
+        most = max(length, int(free / took * length))
+        raise InputError(f"--frames {request.frames}: takes about {took * request.frames / length / 1e9:.3g} GB in one "
+                         f"piece and {free / 1e9:.3g} GB are free; {most} frames fit, and --method ouroboros or fifo "
+                         "takes the same memory for any number")  # fmt: skip
 
 
 class GeneratedSource(Source):

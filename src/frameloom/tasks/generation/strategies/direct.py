@@ -11,7 +11,7 @@ from frameloom.diffusion.generator import Generator, seeded
 from frameloom.diffusion.hooks import HookSet
 from frameloom.diffusion.run import HoldGiven, sample
 from frameloom.progress import Progress
-from frameloom.tasks.generation.base import Request, condition, given_latents
+from frameloom.tasks.generation.base import Request, check_memory, condition, given_latents
 
 
 class Direct:
@@ -21,7 +21,7 @@ class Direct:
         pass
 
     def check(self, model: Generator, request: Request) -> None:
-        """Nothing: any model can do it, as far as memory goes."""
+        check_memory(model, request)
 
     def frames(self, model: Generator, request: Request, progress: Progress) -> Iterator[Float[Tensor, "3 h w"]]:
         yield from whole(model, request, progress)

@@ -31,7 +31,7 @@ from frameloom.diffusion.hooks import HookSet
 from frameloom.diffusion.noise import shuffled_windows
 from frameloom.errors import InputError
 from frameloom.progress import Progress
-from frameloom.tasks.generation.base import Request
+from frameloom.tasks.generation.base import Request, check_memory
 from frameloom.tasks.generation.strategies.direct import whole
 
 log = logging.getLogger("frameloom")
@@ -75,6 +75,7 @@ class FreeNoise:
         elif (request.frames - window) % stride:
             log.info("%d frames are not reached in strides of %d: one more window ends at the last", request.frames,
                      stride)  # fmt: skip
+        check_memory(model, request)
         if len(request.scenes) > 1 and not any(True for _ in model.denoiser.sites("spatial_cross")):
             raise InputError("freenoise: this model has no cross-attention in which every frame could have its words")
 

@@ -25,13 +25,13 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from frameloom.diffusion.context import current
-from frameloom.diffusion.generator import Generator, seeded
+from frameloom.diffusion.generator import Generator
 from frameloom.diffusion.hooks import patched
-from frameloom.diffusion.memory import PeakMemory, weight_bytes
+from frameloom.diffusion.memory import weight_bytes
 from frameloom.diffusion.slicing import sliced
 from frameloom.errors import InputError
 from frameloom.progress import Progress
-from frameloom.tasks.generation.base import Request, condition
+from frameloom.tasks.generation.base import Request, activations
 from frameloom.tasks.generation.strategies.direct import whole
 
 log = logging.getLogger("frameloom")
@@ -94,13 +94,8 @@ def host_of(model: Generator) -> nn.Module:
 
 def measure(model: Generator, request: Request, time: int, space: int) -> int:
     """Peak bytes of the activations of one guided evaluation in so many slices."""
-    cond = condition(model, request)
-    x = seeded(model.denoiser.latent.shape(2, model.latent_frames(request.frames)), 0)
-    t = model.grid(request.steps)[:1].expand(2)
-    both = cond.repeat(2)
-    with torch.no_grad(), sliced(host_of(model), time, space), PeakMemory() as meter:
-        model.denoiser(x, t, both)
-    return meter.most + x.numel() * x.element_size()
+    with sliced(host_of(model), time, space):
+        return activations(model, request, request.frames)
 
 
 def fit(model: Generator, request: Request, budget: int) -> tuple[int, int]:
