@@ -92,7 +92,8 @@ def main() -> None:
             "note": f"{options.prompts} held-out sentences a row. identity: share of frames with the right colour and "
             "shape of every object; direction: share of clips that move as said; flicker: mean change of the "
             f"background from frame to frame. tiny-svd-world gets no words, but the first picture.{note}",
-            "command": f"python benchmarks/generation.py --prompts {options.prompts} --save",
+            "command": f"python benchmarks/generation.py --prompts {options.prompts} --save"
+            + (f" --only {options.only}" if options.only else ""),
             "machine": f"{platform.machine()}, {os.cpu_count()} cores, one thread",
             "rows": rows,
         }

@@ -39,10 +39,10 @@ def run(*, seed: int, retrain: bool, progress: Progress) -> Result:
         begun = time.perf_counter()
         made = through(strategy, model, texts, seed, progress, frames=FRAMES, steps=STEPS)
         spent[name] = (time.perf_counter() - begun) / PROMPTS
-        seams[name] = float(sum(seam(clip, borders) for clip in made) / PROMPTS)
+        seams[name] = float(seam(made, borders))
         parts = made.unflatten(1, (-1, length)).flatten(0, 1)
         distance[name] = float(fd_probe(parts, truth))
-        repeats[name] = float(sum(period(clip, length) for clip in made) / PROMPTS)
+        repeats[name] = float(period(made, length))
         rows.append({"name": name, "seconds": f"{spent[name]:.2f}", "seam": f"{seams[name]:.2f}",
                      "fd probe": f"{distance[name]:.0f}", "repeats": f"{repeats[name]:.2f}"}
                     | shown(score(made, texts), ("identity", "colour_set", "flicker")))  # fmt: skip

@@ -12,9 +12,9 @@ from frameloom.tasks.generation.strategies.fifo import FIFO
 from frameloom.tasks.generation.strategies.ouroboros import Ouroboros
 from frameloom.world.detector import score
 
-FRAMES = 48
-PROMPTS = 4
-QUEUE = 32
+FRAMES = 32
+PROMPTS = 3
+QUEUE = 16
 
 
 def run(*, seed: int, retrain: bool, progress: Progress) -> Result:
