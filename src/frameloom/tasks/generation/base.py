@@ -140,7 +140,8 @@ def settle(
     strict: bool = False,
 ) -> Request:
     """Fill in what was left open with the model's own values, and refuse what cannot be."""
-    length = model.denoiser.latent.frames
+    # Published models may keep several frames in one latent; they say their own length.
+    length = getattr(model, "frames", model.denoiser.latent.frames)
     scenes = ((prompt, frames or length),) if isinstance(prompt, str) else tuple(prompt)
     if frames is not None and frames < 1:
         raise InputError(f"--frames {frames}: a video has 1 frame or more")
