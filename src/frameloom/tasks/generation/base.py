@@ -15,13 +15,13 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from frameloom.cards import card, cards, chosen
+from frameloom.cards import card, chosen
 from frameloom.diffusion import memory
 from frameloom.diffusion.cond import Cond
 from frameloom.diffusion.generator import Generator, check_words, fitted, open_generator, seeded
 from frameloom.diffusion.guide import Guide, Unguided
 from frameloom.diffusion.memory import PeakMemory
-from frameloom.diffusion.step import STEPS, Step, step
+from frameloom.diffusion.step import Step, step
 from frameloom.errors import InputError
 from frameloom.progress import Progress, silent
 from frameloom.video.clip import Clip, Frame, Info, Source
@@ -258,13 +258,3 @@ class GeneratedSource(Source):
         request = self.request
         given = [(number, float(picture.double().sum())) for number, picture in request.given.items()]
         return f"{self.label} {request.scenes} {request.steps} {request.guidance} {request.seed} {given}"
-
-
-def strategies() -> list[str]:
-    """Ids of the strategies of this task."""
-    return [found.id for found in cards().values() if found.verb == "generate" and not found.makes_video]
-
-
-def solvers() -> list[str]:
-    """Names of the solvers."""
-    return list(STEPS)
