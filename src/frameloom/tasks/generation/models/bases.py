@@ -128,7 +128,7 @@ def build(config: Config) -> Adapter:
 
 
 HOSTS = {
-    "world-unet3d": Config("unet3d", frames=8, side=16, patch=2),
+    "world-unet3d": Config("unet3d", frames=8, side=16, patch=2, prediction="data"),
     "world-motion": Config("motion", frames=8, side=16, patch=2),
     "world-latte": Config("latte", frames=8, side=16, patch=2, prediction="data"),
     "tiny-svd-world": Config("svd", frames=16, side=32, patch=4, path="edm", prediction="v", image=True),
@@ -138,7 +138,7 @@ HOSTS = {
 
 # Steps and examples a step: ten to fifteen minutes of one core each.
 STEPS = {
-    "world-unet3d": (1200, 8),
+    "world-unet3d": (5000, 8),
     "world-motion": (1000, 8),
     "world-latte": (5000, 16),
     "tiny-svd-world": (800, 8),

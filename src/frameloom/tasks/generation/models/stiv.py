@@ -163,7 +163,7 @@ class STIV(nn.Module):
         self.patch_in = nn.Linear(config.channels * config.patch**2, width)
         self.mask_token = nn.Parameter(torch.zeros(width))
         if config.numbered:
-            self.numbers = nn.Parameter(torch.zeros(config.frames, width))
+            self.numbers = nn.Parameter(sinusoid(torch.arange(config.frames), width, period=100.0))
         self.blocks = nn.ModuleList(Block(width, config.heads) for _ in range(config.depth))
         self.final = nn.Linear(width, 2 * width)
         self.patch_out = nn.Linear(width, config.channels * config.patch**2)
@@ -348,7 +348,8 @@ class STIV(nn.Module):
             text, known = self.encoder(torch.where(dropped, WORDS.encode([""]).to(x0.device), batch["ids"]))
         else:
             text, known = batch["text"], batch["known"]
-        t = LogitNormal(0.6, 1.1)(len(x0), x0.device)
+        # Mostly noisy: there it is decided what the clip shows and which way things go.
+        t = LogitNormal(1.0, 1.2)(len(x0), x0.device)
         eps = torch.randn_like(x0)
         x = torch.where(spread(given, x0).bool(), x0, self.path.add_noise(x0, t, eps))
         out = self(x, t, text, known, batch.get("stride"), self._keep(x0)).float()
