@@ -27,7 +27,7 @@ def run(*, seed: int, retrain: bool, progress: Progress) -> Result:
     Time is per clip on this machine, each strategy timed on the same sentences in turn.
     """
     torch.manual_seed(seed)
-    model = open_generator("world-latte")
+    model = open_generator("world-unet3d")
     length = model.denoiser.latent.frames
     texts = captions(PROMPTS, seed)
     borders = list(range(length, FRAMES, length))
@@ -54,7 +54,7 @@ def run(*, seed: int, retrain: bool, progress: Progress) -> Result:
     return Result(
         "freenoise",
         paper="17% more time than direct sampling where co-denoising takes 255% more; better FVD than both",
-        setting=f"world-latte (8 frames of 16x16) asked for {FRAMES} frames, {PROMPTS} held-out sentences, "
+        setting=f"world-unet3d (8 frames of 16x16) asked for {FRAMES} frames, {PROMPTS} held-out sentences, "
         f"{STEPS} steps, seed {seed}",
         rows=rows,
         checks=exact(model),
