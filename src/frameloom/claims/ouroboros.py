@@ -20,7 +20,7 @@ QUEUE = 16
 def run(*, seed: int, retrain: bool, progress: Progress) -> Result:
     """FIFO, then its parts one after the other, on the same sentences and seeds."""
     torch.manual_seed(seed)
-    model = open_generator("world-latte")
+    model = open_generator("world-unet3d")
     texts = captions(PROMPTS, seed)
     ways = {
         "fifo": FIFO(QUEUE),
@@ -44,7 +44,7 @@ def run(*, seed: int, retrain: bool, progress: Progress) -> Result:
     return Result(
         "ouroboros",
         paper="VBench on 128 frames: subject consistency 96.06 against 94.04 of FIFO, flickering 96.12 against 93.38",
-        setting=f"world-latte (8 frames of 16x16), queue of {QUEUE}, {FRAMES} frames, {PROMPTS} held-out sentences, "
+        setting=f"world-unet3d (8 frames of 16x16), queue of {QUEUE}, {FRAMES} frames, {PROMPTS} held-out sentences, "
         f"seed {seed}",
         rows=rows,
         checks=exact(model),
