@@ -1,0 +1,125 @@
+"""Similarities of the picture plane: what a camera does to a picture, in four numbers a frame.
+
+    p'  =  c + exp(s) R(a) (p - c) + (x, y)            c the picture's centre, p in pixels
+
+The four numbers are (x, y, a, s): pixels, radians, logarithm of the scale. For motions as small as those between
+frames, composing two similarities adds their numbers to first order; the path of a camera is therefore their running
+sum, and smoothing it is linear.
+"""
+
+import math
+
+import numpy as np
+import torch
+from jaxtyping import Float
+from scipy.ndimage import convolve1d
+from torch import Tensor
+
+# How far a residual may be off before a point counts as moving by itself: from loose to strict, pixels.
+_SCALES = (8.0, 4.0, 2.0, 1.0, 0.5, 0.5)
+
+
+def matrix(numbers: Float[np.ndarray, "4"], height: int, width: int) -> Float[np.ndarray, "3 3"]:
+    """The similarity of (x, y, a, s) as a matrix for pixel coordinates (x, y, 1) of a picture of that size."""
+    x, y, angle, scale = numbers
+    cx, cy = (width - 1) / 2, (height - 1) / 2
+    cos, sin = math.exp(scale) * math.cos(angle), math.exp(scale) * math.sin(angle)
+    return np.array([
+        [cos, -sin, cx + x - cos * cx + sin * cy],
+        [sin, cos, cy + y - sin * cx - cos * cy],
+        [0, 0, 1],
+    ])  # fmt: skip
+
+
+def numbers(matrix: Float[np.ndarray, "2or3 3"], height: int, width: int) -> Float[np.ndarray, "4"]:
+    """(x, y, a, s) of a similarity given as a matrix: the inverse of `matrix`."""
+    cx, cy = (width - 1) / 2, (height - 1) / 2
+    x, y = matrix[:2] @ (cx, cy, 1)
+    cos, sin = matrix[0, 0], matrix[1, 0]
+    return np.array([x - cx, y - cy, math.atan2(sin, cos), math.log(math.hypot(sin, cos))])
+
+
+def rescaled(numbers: Float[np.ndarray, "*n 4"], factor: float) -> Float[np.ndarray, "*n 4"]:
+    """The same motion in a picture that is `factor` times as large."""
+    return numbers * (factor, factor, 1, 1)
+
+
+def fit_similarity(
+    flow: Float[Tensor, "b 2 h w"], weight: Float[Tensor, "b 1 h w"], robust: bool = True
+) -> Float[Tensor, "b 4"]:
+    """The similarity (x, y, a, s) nearest to a flow, float64; by weighted least squares in closed form.
+
+    `robust` repeats it with Geman-McClure weights 1 / (1 + (r / scale)^2)^2 of the residuals r, the scale going from 8
+    pixels to half of one: the largest group of points that agree wins, and what moves by itself is left out. A
+    clip without weight anywhere gives zeros.
+
+    M. Black, A. Rangarajan, On the Unification of Line Processes, Outlier Rejection, and Robust Statistics, IJCV 1996.
+    """
+    batch, _, height, width = flow.shape
+    y, x = torch.meshgrid(*(torch.arange(n, dtype=torch.float64) - (n - 1) / 2 for n in (height, width)), indexing="ij")
+    p = torch.stack([x, y]).flatten(1).to(flow.device).expand(batch, 2, -1)
+    f, given = flow.double().flatten(2), weight.double().flatten(2)
+    found = torch.zeros(batch, 4, dtype=torch.float64, device=flow.device)
+    w = given
+    for scale in (*_SCALES, None) if robust else (None,):
+        total = w.sum(2, keepdim=True).clamp(min=1e-9)
+        mean_p, mean_f = ((w * z).sum(2, keepdim=True) / total for z in (p, f))
+        dp, df = p - mean_p, f - mean_f
+        spread = (w * dp.square()).sum((1, 2)).clamp(min=1e-9)
+        cos = (w * (dp * df)).sum((1, 2)) / spread
+        sin = (w * (dp[:, 0] * df[:, 1] - dp[:, 1] * df[:, 0])[:, None]).sum((1, 2)) / spread
+        linear = torch.stack([torch.stack([cos, -sin], 1), torch.stack([sin, cos], 1)], 1)
+        shift = mean_f - linear @ mean_p
+        found = torch.cat([shift[..., 0], torch.atan2(sin, 1 + cos)[:, None],
+                           torch.log(torch.hypot(1 + cos, sin))[:, None]], 1)  # fmt: skip
+        if scale is not None:
+            residual = (f - linear @ p - shift).square().sum(1, keepdim=True)
+            w = given / (1 + residual / scale**2) ** 2
+    return found
+
+
+def similarity_flow(numbers: Float[Tensor, "b 4"], height: int, width: int) -> Float[Tensor, "b 2 h w"]:
+    """The flow p' - p of similarities, in pixels."""
+    y, x = torch.meshgrid(*(torch.arange(n, dtype=numbers.dtype) - (n - 1) / 2 for n in (height, width)), indexing="ij")
+    x, y = x.to(numbers.device), y.to(numbers.device)
+    shift_x, shift_y, angle, scale = (value[:, None, None] for value in numbers.unbind(1))
+    cos, sin = scale.exp() * angle.cos(), scale.exp() * angle.sin()
+    return torch.stack([cos * x - sin * y + shift_x - x, sin * x + cos * y + shift_y - y], 1)
+
+
+def path_of(motions: Float[np.ndarray, "n 4"]) -> Float[np.ndarray, "n+1 4"]:
+    """Where the scene stands in every frame: the running sum of the motions between frames, 0 in the first."""
+    return np.concatenate([np.zeros((1, 4)), np.cumsum(motions, 0)])
+
+
+def kernel(sigma: float) -> Float[np.ndarray, "taps"]:
+    """A Gaussian window that sums to 1, cut at three sigma (in frames)."""
+    reach = np.arange(-math.ceil(3 * sigma), math.ceil(3 * sigma) + 1)
+    taps = np.exp(-0.5 * (reach / max(sigma, 1e-9)) ** 2)
+    return taps / taps.sum()
+
+
+def smooth(path: Float[np.ndarray, "t k"], sigma: float) -> Float[np.ndarray, "t k"]:
+    """A path under a Gaussian window of `sigma` frames.
+
+    Beyond its ends the path goes on mirrored through its end points, so that an even pan stays exactly what it is.
+    """
+    taps = kernel(sigma)
+    reach = len(taps) // 2
+    whole = path
+    while len(whole) < len(path) + 2 * reach:  # a short path is mirrored more than once
+        more = min(len(whole) - 1, reach)
+        if more == 0:
+            return path.copy()
+        before = 2 * whole[0] - whole[more:0:-1]
+        after = 2 * whole[-1] - whole[-2 : -2 - more : -1]
+        whole = np.concatenate([before, whole, after])
+    middle = (len(whole) - len(path)) // 2
+    return convolve1d(whole, taps, axis=0)[middle : middle + len(path)]
+
+
+def shift_of(numbers: Float[np.ndarray, "*n 4"], height: int, width: int) -> Float[np.ndarray, "*n"]:
+    """How far the similarities move the corners of a picture, at most, in pixels (to first order)."""
+    x, y, angle, scale = np.moveaxis(np.abs(numbers), -1, 0)
+    radius = math.hypot(height, width) / 2
+    return np.hypot(x, y) + radius * np.hypot(angle, scale)
