@@ -1,5 +1,6 @@
 """Stabilisation: the path, its fixed point, warp fields, borders, the driver, the verb."""
 
+import itertools
 import json
 import logging
 
@@ -96,7 +97,7 @@ def test_the_path_comes_to_rest_and_stays_there():
     steady, residuals = settle(path, 5.0, 360, 640)
     assert len(residuals) >= 2
     assert residuals[-1] < 0.5
-    assert all(after < 0.8 * before for before, after in zip(residuals[:-1], residuals[1:], strict=True))
+    assert all(after < 0.8 * before for before, after in itertools.pairwise(residuals))
     assert shift_of(smooth(steady, 5.0) - steady, 360, 640).mean() < residuals[-1]
     assert settle(path, 0.0, 360, 640)[1] == []
 
@@ -114,7 +115,7 @@ def test_warp_fields_contract_and_leave_an_even_pan_alone():
     left = (points[:, :1] < 64) * np.array([[1.0, 0.0]])
     tracks = [tuple(points + left * jitter[t + d] for d in (-1, 0, 1)) + (trust,) for t in range(1, 11)]
     field, changes = solve_fields(tracks, SIZE, config, rounds=4)
-    assert all(after < 0.8 * before for before, after in zip(changes[:-1], changes[1:], strict=True))
+    assert all(after < 0.8 * before for before, after in itertools.pairwise(changes))
     moved = field.reshape(12, 10, 10, 2)
     assert np.corrcoef(moved[:, 5, 1, 0], -jitter)[0, 1] > 0.9
     assert np.abs(moved[:, 5, 8]).max() < 0.25 * np.abs(moved[:, 5, 1]).max()
@@ -255,7 +256,7 @@ def test_outpainting_keeps_what_is_known_and_continues_a_similarity(model):
 
 
 def test_the_network_learns_and_beats_the_similarity_on_fields_it_never_saw(model):
-    batch = Fields(900_001).batch(range(8), 0.0)
+    batch = Fields(900_001).batch(list(range(8)), 0.0)
     with torch.inference_mode():
         made = model.outpaint(batch["given"], batch["known"])
     outside = 1 - batch["known"]

@@ -1,5 +1,6 @@
 """fast-stab: as steady as it gets without losing a pixel of the field of view."""
 
+import itertools
 import tempfile
 
 import cv2
@@ -24,7 +25,7 @@ FRAMES, RATE = 48, 24
 WIDE, SIZE = (208, 288), (144, 208)
 
 
-def hand(frames: int, rate: float, size: float, seed: int) -> Float[np.ndarray, "t 4"]:
+def hand(frames: int, rate: float | int, size: float | int, seed: int) -> Float[np.ndarray, "t 4"]:
     """How an unsteady hand moves a picture `size` pixels wide: (x, y, angle, log scale) from 2 to 6 Hz.
 
     About 1.5% of the width and 0.5 degrees; faster than any window keeps, slower than the frames.
@@ -52,7 +53,7 @@ def followed(video: Float[Tensor, "t 3 h w"]) -> Float[np.ndarray, "t 4"]:
     """The camera's path as the corner tracker sees it, which is no part of fast-stab."""
     grey = [grey_pixels(frame) for frame in video]
     size = video.shape[-2:]
-    steps = [track(a, b) for a, b in zip(grey[:-1], grey[1:], strict=True)]
+    steps = [track(a, b) for a, b in itertools.pairwise(grey)]
     return path_of(np.array([np.zeros(4) if step is None else numbers(step, *size) for step in steps]))
 
 
@@ -92,7 +93,9 @@ def _level(path: np.ndarray) -> np.ndarray:
     return path - at @ np.linalg.lstsq(at, path, rcond=None)[0]
 
 
-def steadied(video: Float[Tensor, "t 3 h w"], method, rate: float) -> tuple[Float[Tensor, "t 3 h w"], StabilizedSource]:
+def steadied(
+    video: Float[Tensor, "t 3 h w"], method, rate: float | int
+) -> tuple[Float[Tensor, "t 3 h w"], StabilizedSource]:
     """A video in memory through a method at the default smoothness."""
     source = StabilizedSource(Clip.from_tensor(video, rate).source, method, 0.5, "measured")
     return torch.stack([frame.rgb for frame in source.frames()]), source
@@ -132,7 +135,7 @@ def run(*, seed: int, retrain: bool, progress: Progress) -> Result:
             "the path comes to rest": at_rest(shake),
             "the whole view": abs(whole - 1) < 0.01,
             "no empty border": share < 0.02,
-        },  # fmt: skip
+        },
         holds=stable > base and found >= 0.95 and gain >= 3,
         summary=summary,
         notes=[f"{100 * share:.2f}% of all pixels were in no frame and are mirrored"],
@@ -172,4 +175,4 @@ def even_pan() -> bool:
 def at_rest(shake: np.ndarray) -> bool:
     """Every round corrects less than the one before, each of the first ones by less than 0.8 of it."""
     _, residuals = settle(shake, 6.0, *SIZE)
-    return all(b < 0.8 * a for a, b in zip(residuals[:-1], residuals[1:], strict=True))
+    return all(b < 0.8 * a for a, b in itertools.pairwise(residuals))

@@ -35,7 +35,7 @@ def occlusion(
 
 
 def confidence(
-    flow: Float[Tensor, "b 2 h w"], back: Float[Tensor, "b 2 h w"], sigma: float = 1.0
+    flow: Float[Tensor, "b 2 h w"], back: Float[Tensor, "b 2 h w"], sigma: float | int = 1.0
 ) -> Float[Tensor, "b 1 h w"]:
     """exp(-gap^2 / (2 sigma^2)) in [0, 1], sigma in pixels; 0 where the flow leaves the picture.
 

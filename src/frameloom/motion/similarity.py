@@ -31,7 +31,7 @@ def matrix(numbers: Float[np.ndarray, "4"], height: int, width: int) -> Float[np
     ])  # fmt: skip
 
 
-def numbers(matrix: Float[np.ndarray, "2or3 3"], height: int, width: int) -> Float[np.ndarray, "4"]:
+def numbers(matrix: Float[np.ndarray, "r 3"], height: int, width: int) -> Float[np.ndarray, "4"]:
     """(x, y, a, s) of a similarity given as a matrix: the inverse of `matrix`."""
     cx, cy = (width - 1) / 2, (height - 1) / 2
     x, y = matrix[:2] @ (cx, cy, 1)
@@ -39,7 +39,7 @@ def numbers(matrix: Float[np.ndarray, "2or3 3"], height: int, width: int) -> Flo
     return np.array([x - cx, y - cy, math.atan2(sin, cos), math.log(math.hypot(sin, cos))])
 
 
-def rescaled(numbers: Float[np.ndarray, "*n 4"], factor: float) -> Float[np.ndarray, "*n 4"]:
+def rescaled(numbers: Float[np.ndarray, "*n 4"], factor: float | int) -> Float[np.ndarray, "*n 4"]:
     """The same motion in a picture that is `factor` times as large."""
     return numbers * (factor, factor, 1, 1)
 
@@ -92,14 +92,14 @@ def path_of(motions: Float[np.ndarray, "n 4"]) -> Float[np.ndarray, "n+1 4"]:
     return np.concatenate([np.zeros((1, 4)), np.cumsum(motions, 0)])
 
 
-def kernel(sigma: float) -> Float[np.ndarray, "taps"]:
+def kernel(sigma: float | int) -> Float[np.ndarray, "taps"]:
     """A Gaussian window that sums to 1, cut at three sigma (in frames)."""
     reach = np.arange(-math.ceil(3 * sigma), math.ceil(3 * sigma) + 1)
     taps = np.exp(-0.5 * (reach / max(sigma, 1e-9)) ** 2)
     return taps / taps.sum()
 
 
-def smooth(path: Float[np.ndarray, "t k"], sigma: float) -> Float[np.ndarray, "t k"]:
+def smooth(path: Float[np.ndarray, "t k"], sigma: float | int) -> Float[np.ndarray, "t k"]:
     """A path under a Gaussian window of `sigma` frames.
 
     Beyond its ends the path goes on mirrored through its end points, so that an even pan stays exactly what it is.

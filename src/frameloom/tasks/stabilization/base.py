@@ -45,6 +45,7 @@ def dis(first: Float[Tensor, "3 h w"], second: Float[Tensor, "3 h w"]) -> Float[
     return torch.from_numpy(found).permute(2, 0, 1).to(first.device)
 
 
+@runtime_checkable
 class Shot(Protocol):
     """Frames 0 to n - 1 between two cuts, ready to be drawn.
 
@@ -70,7 +71,7 @@ class Stabilizer(Protocol):
         """How the scene moves between two frames as (x, y, angle, log scale); None where that cannot be told."""
         ...
 
-    def shot(self, motions: Float[np.ndarray, "n 4"], sigma: float, height: int, width: int) -> Shot:
+    def shot(self, motions: Float[np.ndarray, "n 4"], sigma: float | int, height: int, width: int) -> Shot:
         """The shot with those motions, its path smoothed by a window of `sigma` frames."""
         ...
 
@@ -78,7 +79,7 @@ class Stabilizer(Protocol):
 def stabilize(
     clip: Clip,
     method: str = "auto",
-    smoothness: float = 0.5,
+    smoothness: float | int = 0.5,
     *,
     flow: Flow | None = None,
     weights: str | None = None,
@@ -146,7 +147,9 @@ class _Span:
 class StabilizedSource(Source):
     """Another source, steadied. Alive at once: the frames that the method reaches for, in the decoder's form."""
 
-    def __init__(self, base: Source, method: Stabilizer, smoothness: float, label: str, device: str = "cpu") -> None:
+    def __init__(
+        self, base: Source, method: Stabilizer, smoothness: float | int, label: str, device: str = "cpu"
+    ) -> None:
         self.base, self.method, self.label, self.device = base, method, label, device
         self.sigma = float(SLOWEST * smoothness * base.info.rate)
         self.info, self.passthrough = base.info, base.passthrough

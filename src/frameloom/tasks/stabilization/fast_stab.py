@@ -209,7 +209,7 @@ class FastStab(nn.Module):
         fitted = _fit_lattice(there[..., ::4, ::4], trust[..., ::4, ::4], one.shape[-2:])
         return rescaled(fitted, first.shape[-1] / one.shape[-1])
 
-    def shot(self, motions: Float[np.ndarray, "n 4"], sigma: float, height: int, width: int) -> "FastShot":
+    def shot(self, motions: Float[np.ndarray, "n 4"], sigma: float | int, height: int, width: int) -> "FastShot":
         """The shot with those motions, its path smoothed until it rests."""
         return FastShot(self, path_of(motions), sigma, height, width)
 
@@ -225,7 +225,7 @@ def _fit_lattice(flow: Tensor, weight: Tensor, size: tuple[int, int]) -> np.ndar
 
 
 def settle(
-    path: Float[np.ndarray, "n 4"], sigma: float, height: int, width: int
+    path: Float[np.ndarray, "n 4"], sigma: float | int, height: int, width: int
 ) -> tuple[Float[np.ndarray, "n 4"], list[float]]:
     """The path smoothed again and again until it rests, and the mean correction of every round in pixels."""
     residuals: list[float] = []
@@ -239,7 +239,7 @@ def settle(
 
 
 def node_weights(points: Float[np.ndarray, "n 2"], size: tuple[int, int], grid: int):
-    """The nodes `(n, 4)` of a grid over a picture of `size` (height, width) around points, and their bilinear shares."""
+    """The four nodes of a grid over a picture of `size` around each point, and their bilinear shares, `(n, 4)`."""
     at = np.clip(points / (size[1] - 1, size[0] - 1), 0, 1) * (grid - 1)
     low = np.minimum(at.astype(int), grid - 2)
     part = at - low
@@ -302,7 +302,9 @@ def solve_fields(
 class FastShot:
     """Frames between two cuts: their path, their warp fields as they are needed, and the frames drawn by both."""
 
-    def __init__(self, model: FastStab, path: Float[np.ndarray, "n 4"], sigma: float, height: int, width: int) -> None:
+    def __init__(
+        self, model: FastStab, path: Float[np.ndarray, "n 4"], sigma: float | int, height: int, width: int
+    ) -> None:
         self.model, self.path, self.size = model, path, (height, width)
         steady, self.residuals = settle(path, sigma, height, width)
         self.correction = steady - path

@@ -48,7 +48,7 @@ class Similarity:
         fitted = track(grey_pixels(first), grey_pixels(second))
         return None if fitted is None else numbers(fitted, *first.shape[-2:])
 
-    def shot(self, motions: Float[np.ndarray, "n 4"], sigma: float, height: int, width: int) -> "SimilarityShot":
+    def shot(self, motions: Float[np.ndarray, "n 4"], sigma: float | int, height: int, width: int) -> "SimilarityShot":
         """The shot with those motions on a path under a Gaussian window of `sigma` frames."""
         path = path_of(motions)
         return SimilarityShot(smooth(path, sigma) - path, height, width)
