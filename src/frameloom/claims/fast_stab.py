@@ -113,12 +113,12 @@ def run(*, seed: int, retrain: bool, progress: Progress) -> Result:
     shake = hand(FRAMES, RATE, SIZE[1], seed)
     video = torch.stack([view(frame, s, SIZE) for frame, s in zip(wide, shake, strict=True)])
     before = followed(video)
-    rows, scores = [{"name": "as recorded", "stability": round(stability_score(before), 3)}], {}
+    rows, scores = [{"name": "as recorded", "stability": round(stability_score(before[:, :3]), 3)}], {}
     for name, method in (("similarity", Similarity()), ("fast-stab", model)):
         progress("steadying", len(rows), 2)
         made, source = steadied(video, method, RATE)
         path, maps = followed(made), warps(video, made)
-        scores[name] = stability_score(path), removed(before, path, shake), cropping_ratio(maps)
+        scores[name] = stability_score(path[:, :3]), removed(before, path, shake), cropping_ratio(maps)
         rows.append({"name": name, "stability": round(scores[name][0], 3), "removed": round(scores[name][1], 3),
                      "cropping": round(scores[name][2], 3), "distortion": round(distortion(maps), 3)})  # fmt: skip
     gain, share = border_gain(wide, video, shake, made, source)

@@ -16,7 +16,7 @@ from scipy.ndimage import convolve1d
 from torch import Tensor
 
 # How far a residual may be off before a point counts as moving by itself: from loose to strict, pixels.
-_SCALES = (8.0, 4.0, 2.0, 1.0, 0.5, 0.5)
+_SCALES = (2.0, 1.0, 0.5, 0.5)
 
 
 def matrix(numbers: Float[np.ndarray, "4"], height: int, width: int) -> Float[np.ndarray, "3 3"]:
@@ -49,33 +49,54 @@ def fit_similarity(
 ) -> Float[Tensor, "b 4"]:
     """The similarity (x, y, a, s) nearest to a flow, float64; by weighted least squares in closed form.
 
-    `robust` repeats it with Geman-McClure weights 1 / (1 + (r / scale)^2)^2 of the residuals r, the scale going from 8
-    pixels to half of one: the largest group of points that agree wins, and what moves by itself is left out. A
-    clip without weight anywhere gives zeros.
+    `robust` begins with the best of 256 similarities through two points each and repeats the least squares with
+    Geman-McClure weights 1 / (1 + (r / scale)^2)^2 of the residuals r, the scale going from two pixels to half of one:
+    the largest group of points that agree wins, and what moves by itself is left out. A clip without weight anywhere
+    gives zeros.
 
-    M. Black, A. Rangarajan, On the Unification of Line Processes, Outlier Rejection, and Robust Statistics, IJCV 1996.
+    M. Fischler, R. Bolles, Random Sample Consensus, CACM 1981; M. Black, A. Rangarajan, On the Unification of Line
+    Processes, Outlier Rejection, and Robust Statistics, IJCV 1996.
     """
-    batch, _, height, width = flow.shape
+    _batch, _, height, width = flow.shape
     y, x = torch.meshgrid(*(torch.arange(n, dtype=torch.float64) - (n - 1) / 2 for n in (height, width)), indexing="ij")
-    p = torch.stack([x, y]).flatten(1).to(flow.device).expand(batch, 2, -1)
-    f, given = flow.double().flatten(2), weight.double().flatten(2)
-    found = torch.zeros(batch, 4, dtype=torch.float64, device=flow.device)
-    w = given
-    for scale in (*_SCALES, None) if robust else (None,):
-        total = w.sum(2, keepdim=True).clamp(min=1e-9)
-        mean_p, mean_f = ((w * z).sum(2, keepdim=True) / total for z in (p, f))
-        dp, df = p - mean_p, f - mean_f
-        spread = (w * dp.square()).sum((1, 2)).clamp(min=1e-9)
-        cos = (w * (dp * df)).sum((1, 2)) / spread
-        sin = (w * (dp[:, 0] * df[:, 1] - dp[:, 1] * df[:, 0])[:, None]).sum((1, 2)) / spread
-        linear = torch.stack([torch.stack([cos, -sin], 1), torch.stack([sin, cos], 1)], 1)
-        shift = mean_f - linear @ mean_p
-        found = torch.cat([shift[..., 0], torch.atan2(sin, 1 + cos)[:, None],
-                           torch.log(torch.hypot(1 + cos, sin))[:, None]], 1)  # fmt: skip
-        if scale is not None:
-            residual = (f - linear @ p - shift).square().sum(1, keepdim=True)
-            w = given / (1 + residual / scale**2) ** 2
-    return found
+    p = torch.complex(x, y).flatten().to(flow.device)
+    f, given = torch.complex(*flow.double().flatten(2).unbind(1)), weight.double().flatten(1)
+    if robust:
+        linear, shift = _consensus(p, f, given)
+    else:
+        linear, shift = _least_squares(p, f, given)
+    for scale in _SCALES if robust else ():
+        linear, shift = _least_squares(p, f, given * _belief(f - linear * p - shift, scale))
+    whole = 1 + linear[:, 0]
+    return torch.stack([shift[:, 0].real, shift[:, 0].imag, whole.angle(), whole.abs().log()], 1)
+
+
+def _least_squares(p: Tensor, f: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+    """f = linear * p + shift, all complex numbers: a product turns and scales. Each `(b, 1)`."""
+    share = weight / weight.sum(1, keepdim=True).clamp(min=1e-9)
+    mean_p, mean_f = (share * p).sum(1, keepdim=True), (share * f).sum(1, keepdim=True)
+    dp = p - mean_p
+    spread = (share * dp.abs().square()).sum(1, keepdim=True).clamp(min=1e-9)
+    linear = (share * dp.conj() * (f - mean_f)).sum(1, keepdim=True) / spread
+    return linear, mean_f - linear * mean_p
+
+
+def _belief(residual: Tensor, scale: float) -> Tensor:
+    return 1 / (1 + residual.abs().square() / scale**2) ** 2
+
+
+def _consensus(p: Tensor, f: Tensor, weight: Tensor, tries: int = 256, judges: int = 512) -> tuple[Tensor, Tensor]:
+    """The similarity through two points with which most of the others agree; points are drawn by their weight."""
+    dice = torch.Generator().manual_seed(0)
+    drawn = torch.multinomial(weight.cpu() + 1e-12, 2 * tries + judges, replacement=True, generator=dice).to(p.device)
+    first, second, judging = drawn.split([tries, tries, judges], 1)
+    gap = p[first] - p[second]
+    far = gap.abs() > 1
+    linear = torch.where(far, (f.gather(1, first) - f.gather(1, second)) / torch.where(far, gap, 1), 0)
+    shift = f.gather(1, first) - linear * p[first]
+    residual = f.gather(1, judging)[:, None] - linear[..., None] * p[judging][:, None] - shift[..., None]
+    best = _belief(residual, 1.0).sum(2).argmax(1, keepdim=True)
+    return linear.gather(1, best), shift.gather(1, best)
 
 
 def similarity_flow(numbers: Float[Tensor, "b 4"], height: int, width: int) -> Float[Tensor, "b 2 h w"]:

@@ -39,10 +39,12 @@ from frameloom.motion.similarity import (
     similarity_flow,
     smooth,
 )
+from frameloom.motion.warp import backward_warp
 from frameloom.tasks.stabilization.base import dis
 from frameloom.training.recipe import Recipe
 
 REST, SLOW, ROUNDS = 0.5, 0.95, 5  # of the fixed point: pixels, ratio of two rounds, rounds at most
+ALIKE = 0.1  # brightness by which a pixel may change between two frames
 TRUST = 0.05  # share of confident pixels below which a pair has no motion of its own
 DISTANCES = (2, 5, 9, 14, 20)  # frames to either side that may fill a border
 FEATHER = 8  # pixels over which the recorded picture fades into what fills its border
@@ -204,6 +206,9 @@ class FastStab(nn.Module):
         """(x, y, angle, log scale) of what most of the picture does; None where nothing can be followed."""
         one, two = self.small(first), self.small(second)
         there, _, trust, _ = self.flows(one, two)
+        # A flow into a blank or another picture is consistent by chance, but what it points at looks otherwise.
+        error = (backward_warp(two[None], there)[0] - one).mean(1, keepdim=True)
+        trust = trust * torch.exp(error.square() / (-2 * ALIKE**2))
         if float((trust > 0.5).float().mean()) < TRUST:
             return None
         fitted = _fit_lattice(there[..., ::4, ::4], trust[..., ::4, ::4], one.shape[-2:])
