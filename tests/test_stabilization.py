@@ -209,7 +209,7 @@ def test_frames_without_anything_to_follow_move_as_their_neighbours_do(caplog):
     with caplog.at_level(logging.WARNING, "frameloom"):
         made = stabilize(Clip.from_tensor(video, 24))
         made.source.analyse()
-    assert made.source.report.lost in (1, 2)
+    assert made.source.report.lost >= 1
     assert "nothing to follow" in caplog.text
 
 
