@@ -27,6 +27,7 @@ def main() -> None:
         print("\nno folder of clips: the benchmarks on real footage are left out")
         return
     run("interpolation", *clips, "--methods", "blend,dis-plain,minterpolate,dis,vfimamba")
+    run("stabilization", *clips)
     for clip in clips:
         run("passthrough", clip)
     run("memory", clips[0])

@@ -27,6 +27,7 @@ _HOMES = {
     "load": "frameloom.training.pretrained",
     "predict": "frameloom.tasks.generation",
     "read": "frameloom.video.reader",
+    "stabilize": "frameloom.tasks.stabilization",
     "train": "frameloom.training.loop",
     "write": "frameloom.video.writer",
 }

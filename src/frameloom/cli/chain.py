@@ -13,6 +13,7 @@ if TYPE_CHECKING:
 # What each verb of a chain takes: the name of its bare word, then its named settings with their readers.
 VERBS = {
     "interpolate": ("fps", {"fps": str, "method": str, "weights": str, "tile": int}),
+    "stabilize": ("smoothness", {"smoothness": float, "method": str, "weights": str}),
     "compress": ("method", {"method": str, "size": lambda text: parse_size(text), "epochs": int, "quality": float,
                             "preset": str, "fit": str, "strides": lambda text: parse_numbers(text, "strides")}),
 }  # fmt: skip
@@ -58,11 +59,14 @@ def apply(clip: "Clip", steps: list[Step], output: Path | None, progress: Progre
 
     from frameloom.tasks.compression import compress, decompress
     from frameloom.tasks.interpolation import interpolate
+    from frameloom.tasks.stabilization import stabilize
 
     for number, step in enumerate(steps):
         last = number + 1 == len(steps)
         if step.verb == "interpolate":
             clip = interpolate(clip, **step.settings)
+        elif step.verb == "stabilize":
+            clip = stabilize(clip, **step.settings)
         elif last and output is not None:
             compress(clip, output, progress=progress, **step.settings)
             return None

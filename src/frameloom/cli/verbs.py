@@ -10,7 +10,7 @@ from frameloom.cli import options
 
 
 def register(app: typer.Typer) -> None:
-    for command in (interpolate, live, compress, decompress, inspect, run):
+    for command in (interpolate, stabilize, live, compress, decompress, inspect, run):
         app.command()(command)
 
 
@@ -29,7 +29,7 @@ def finish(clip, output: Path, *, codec: str, crf, preset, resume: bool, json: b
     if json:
         terminal.emit(facts)
         return
-    if getattr(report, "cuts", 0) or getattr(report, "duplicates", 0):
+    if hasattr(report, "duplicates") and (report.cuts or report.duplicates):
         terminal.say(f"{report.cuts} scene cuts held, {report.duplicates} repeated frames kept")
     terminal.say(terminal.describe_result(output, len(clip), clip.rate, seconds, float(clip.duration)))
 
@@ -84,6 +84,49 @@ def interpolate(
     terminal.say(terminal.describe(clip, Path(input).name))
     made = verb(clip, fps, name, slow=slow, weights=weights, device=device, tile=tile, dedupe=dedupe, strict=strict)
     terminal.say(f"{name} on {device}, {len(clip):,} frames to {len(made):,}")
+    finish(made, output, codec=codec, crf=crf, preset=preset, resume=resume, json=json, extra={"method": name})
+
+
+def stabilize(
+    input: options.Input,
+    output: options.Output,
+    method: options.Method = "auto",
+    smoothness: Annotated[float, typer.Option(help="0 (as recorded) to 1; slow pans stay")] = 0.5,
+    weights: options.Weights = None,
+    device: options.Device = "cpu",
+    codec: options.Codec = "h264",
+    crf: options.Crf = None,
+    preset: options.Preset = None,
+    resume: options.Resume = False,
+    stream: options.Stream = 0,
+    range: options.Range = None,
+    rate: options.Rate = None,
+    deinterlace: options.Deinterlace = False,
+    keep_readable: options.KeepReadable = False,
+    json: options.Json = False,
+) -> None:
+    """Take the shake out of a handheld video; with fast-stab the whole field of view stays."""
+    from frameloom.cards import chosen
+    from frameloom.cli import terminal
+    from frameloom.tasks.stabilization import stabilize as verb
+    from frameloom.tasks.stabilization.base import StabilizedSource
+    from frameloom.video.reader import read
+    from frameloom.video.writer import check_output
+
+    terminal.listen()
+    clip = read(input, stream=stream, range=range, rate=rate, deinterlace=deinterlace, keep_readable=keep_readable)
+    terminal.say(terminal.describe(clip, Path(input).name))
+    name = chosen(method, "stabilize")
+    made = verb(clip, name, smoothness, weights=weights, device=device)
+    check_output(made, output)
+    if isinstance(made.source, StabilizedSource):
+        with terminal.bar() as progress:
+            made.source.analyse(progress)
+        report = made.source.report
+        shots = f"{report.shots} shot{'s' if report.shots > 1 else ''}"
+        steady = f", {report.still} of them left as they are" if report.still else ""
+        rounds = ", ".join(f"{value:.1f}" for value in report.residuals)
+        terminal.say(f"{name} on {device}, {shots}{steady}; corrections of {rounds or 'no'} pixels, round by round")
     finish(made, output, codec=codec, crf=crf, preset=preset, resume=resume, json=json, extra={"method": name})
 
 

@@ -1,0 +1,5 @@
+"""Take the shake out of a video."""
+
+from frameloom.tasks.stabilization.base import Stabilizer, stabilize
+
+__all__ = ["Stabilizer", "stabilize"]
