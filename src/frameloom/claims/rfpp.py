@@ -40,7 +40,7 @@ def mixture(seed: int, progress: Progress) -> Result:
         recipe = Recipe(steps=3000, batch_size=256, lr=2e-3, final_lr=1e-5, warmup=50, hold=0.3, ema=0.99)
         net = plane.Net(plane.Config(path="vp", prediction="v"))
         teacher, _ = fit(net, plane.Points(seed), recipe, Path(folder), label="teacher", seed=seed, progress=progress)
-    training = Recipe(steps=1500, batch_size=256, lr=1e-3, final_lr=1e-5, warmup=50, hold=0.3, ema=0.99)
+    training = Recipe(steps=1000, batch_size=128, lr=1e-3, final_lr=1e-5, warmup=50, hold=0.3, ema=0.99)
     cond, which = teacher.text(teacher.classes), plane.classes(POINTS)
     told, noise = cond.rows(which), plane.unit(POINTS, seed + 202)
     truth = ode(teacher.denoiser, teacher.grid(50), Universal())(plane.unit(POINTS, seed + 101), told)
