@@ -32,9 +32,9 @@ SMALL = {
 SMALL_SK = SMALL | {"encoder": "twins", "stem": (48, 48), "heads": (2, 2), "kernels": (1, 7), "cell_kernels": (1, 7)}
 SMALL_CROP, CROP = (64, 96), (432, 960)
 # One budget for all, so that claims compare methods and not patience.
-RECIPE = Recipe(steps=1200, batch_size=2, lr=1e-3, final_lr=2e-5, warmup=60, weight_decay=1e-5, ema=0.99)
+RECIPE = Recipe(steps=500, batch_size=2, lr=1e-3, final_lr=2e-5, warmup=40, weight_decay=1e-5, ema=0.99)
 # The GRU's steps cost half as much.
-RECIPE_GRU = replace(RECIPE, steps=2000)
+RECIPE_GRU = replace(RECIPE, steps=1000)
 PAPER_RECIPE = Recipe(steps=100_000, batch_size=8, lr=2.5e-4, warmup=5000, weight_decay=1e-4)
 
 
