@@ -22,7 +22,17 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from frameloom.motion.raft import RaftConfig, RaftCore, UpdateBlock, cell, flow_head, grid, mask_head, sequence_loss, step
+from frameloom.motion.raft import (
+    RaftConfig,
+    RaftCore,
+    UpdateBlock,
+    cell,
+    flow_head,
+    grid,
+    mask_head,
+    sequence_loss,
+    step,
+)
 from frameloom.motion.warp import forward_splat
 from frameloom.tasks.flow.base import CROP, PAPER_RECIPE, RECIPE_GRU, SMALL, SMALL_CROP, preset
 from frameloom.tasks.flow.data import FlowBatches, batches

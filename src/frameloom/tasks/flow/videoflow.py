@@ -27,7 +27,6 @@ from frameloom.motion.raft import (
     RaftCore,
     SKBlock,
     cell,
-    flow_head,
     grid,
     mask_head,
     sequence_loss,
@@ -206,7 +205,6 @@ class VideoFlow(RaftCore):
             if not final:
                 drop = window - 2 * overlap
                 held, base = held[drop:], base + drop
-
 
     @classmethod
     def load_official(cls, path):
