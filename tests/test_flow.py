@@ -11,6 +11,7 @@ from frameloom.errors import InputError
 from frameloom.motion.correlation import CorrPyramid, LazyCorr
 from frameloom.motion.flowio import encode_flow, read_flow
 from frameloom.motion.twins import Twins
+from frameloom.motion.warp import forward_splat
 from frameloom.tasks.flow.base import estimate
 from frameloom.tasks.flow.gma import GMA
 from frameloom.tasks.flow.splatflow import SplatFlow, State, aligned
@@ -142,3 +143,12 @@ def test_the_verb_writes_a_folder_once_and_knows_a_cut(tmp_path):
         made_flow.save(folder)
     with pytest.raises(InputError, match="at least 2 frames"):
         frameloom.flow(Clip.from_tensor(video[:1], 8), "dis")
+
+
+def test_pixels_without_a_finite_flow_are_not_splatted():
+    flow = torch.zeros(1, 2, 4, 5)
+    flow[0, 0, 1, 1], flow[0, 1, 2, 3] = float("nan"), float("inf")
+    image = rand(1, 3, 4, 5) + 1
+    out, weight = forward_splat(image, flow, "sum")
+    assert out.isfinite().all()
+    assert [int(n) for n in (weight == 0).nonzero()[:, 2:].flatten()] == [1, 1, 2, 3]

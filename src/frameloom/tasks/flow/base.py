@@ -168,7 +168,7 @@ def flow(
         raise InputError(f"{clip.info.name}: flow needs at least 2 frames, this clip has {len(clip)}")
     made = load(name, weights, device=device)
     if isinstance(made, torch.nn.Module) and made.least > 2 * min(clip.info.width, clip.info.height):
-        raise InputError(f"{clip.info.name}: {clip.info.width}x{clip.info.height} is too small for {name} of this size; "
+        raise InputError(f"{clip.info.name}: {clip.info.width}x{clip.info.height} is too small for {name}; "
                          f"sides of {made.least} or more are wanted")  # fmt: skip
     return FlowClip(clip, made, bidirectional, device)
 

@@ -114,7 +114,8 @@ def chairs(folder: Path, frames: int) -> list[Sample]:
 
 
 def things(folder: Path, frames: int) -> list[Sample]:
-    """FlyingThings3D: `frames_cleanpass/TRAIN/*/*/left/*.png`, `optical_flow/TRAIN/*/*/into_{future,past}/left/*.pfm`."""
+    """FlyingThings3D: `frames_cleanpass/TRAIN/*/*/left/*.png`,
+    `optical_flow/TRAIN/*/*/into_{future,past}/left/*.pfm`."""
     made = []
     for scene in sorted((folder / "frames_cleanpass" / "TRAIN").glob("*/*/left")):
         flow = folder / "optical_flow" / "TRAIN" / scene.parent.parent.name / scene.parent.name

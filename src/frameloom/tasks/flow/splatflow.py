@@ -15,6 +15,7 @@ via Splatting", IJCV 2024, arXiv 2306.08887.
 import logging
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import NamedTuple
 
@@ -137,7 +138,7 @@ class SplatFlow(RaftCore):
         `batch`: `video` (b, t, 3, h, w) in [0, 1], `flow` (b, t-1, 2, h, w), `valid` (b, t-1, h, w).
         """
         frames, state, made = batch["video"].unbind(1), None, []
-        for first, second in zip(frames[:-1], frames[1:], strict=True):
+        for first, second in pairwise(frames):
             estimates, state = self(first, second, state, self.config.iterations)
             made.append(estimates)
         chained = [torch.stack(row, 1) for row in zip(*made, strict=True)]
@@ -162,7 +163,7 @@ class SplatFlow(RaftCore):
     def stream(
         self, frames: Iterable[Float[Tensor, "3 h w"]], backward: bool = False
     ) -> Iterator[tuple[Tensor, Tensor | None]]:
-        """The flow of each gap; flows back, which have no history in a stream, are plain GMA's. Two frames in memory."""
+        """The flow of each gap; flows back, which have no history, are plain GMA's. Two frames in memory."""
         before, state = None, None
         for frame in frames:
             if before is not None:

@@ -3,7 +3,8 @@
 For the best flow of a clip. A *centre* has a frame before and a frame after it; one recurrent state refines its flows
 to both. Between centres travels a motion state s, fetched at every iteration from where the flows point:
 
-    s_f(p) = s_{i+1}(p + flow to i+1),  s_b(p) = s_{i-1}(p + flow to i-1),  m, s <- encoder(correlations, flows, s_f, s_b, s)
+    s_f(p) = s_{i+1}(p + flow to i+1),  s_b(p) = s_{i-1}(p + flow to i-1)
+    m, s <- encoder(correlations, flows, s_f, s_b, s)
 
 so that after n iterations a centre has heard of n frames either side (MOF). `bof` is the three-frame network alone.
 
