@@ -2,23 +2,29 @@
 
 import itertools
 
+import cv2
+import numpy as np
 import pytest
 import torch
 from torch import nn
+from typer.testing import CliRunner
 
 import frameloom
+from frameloom.cli.app import app
 from frameloom.errors import InputError
 from frameloom.motion.correlation import CorrPyramid, LazyCorr
 from frameloom.motion.flowio import encode_flow, read_flow
 from frameloom.motion.twins import Twins
 from frameloom.motion.warp import forward_splat
 from frameloom.tasks.flow.base import estimate
+from frameloom.tasks.flow.data import batches
 from frameloom.tasks.flow.gma import GMA
 from frameloom.tasks.flow.splatflow import SplatFlow, State, aligned
 from frameloom.tasks.flow.streamflow import StreamFlow
 from frameloom.tasks.flow.videoflow import VideoFlow
 from frameloom.tasks.interpolation.dis import DIS
 from frameloom.video.clip import Clip
+from media import make, moving
 
 
 def rand(*shape, seed=0):
@@ -152,3 +158,109 @@ def test_pixels_without_a_finite_flow_are_not_splatted():
     out, weight = forward_splat(image, flow, "sum")
     assert out.isfinite().all()
     assert [int(n) for n in (weight == 0).nonzero()[:, 2:].flatten()] == [1, 1, 2, 3]
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("frames", [10, 13])
+def test_centres_of_a_later_window_are_what_a_whole_clip_gives_within_reach(frames):
+    model = made(VideoFlow)
+    object.__setattr__(model.config, "refinements", 1)
+    video = rand(1, frames, 3, 32, 48)
+    found = [flow for flow, _ in model.stream(iter(video[0]))]
+    whole = model(video, 1, last=True)[0][0][0]  # forward flows of frames 1 to t - 2
+    assert len(found) == frames - 1
+    for k in range(1, frames - 1):
+        assert torch.allclose(found[k], whole[k - 1], atol=1e-4), k
+
+
+def test_a_stream_of_another_resolution_begins_anew_with_a_note(caplog):
+    model = made(SplatFlow)
+    _, state = model.step(rand(1, 3, 32, 48), rand(1, 3, 32, 48, seed=1))
+    small = rand(1, 3, 24, 40), rand(1, 3, 24, 40, seed=1)
+    flow, _ = model.step(*small, state)
+    assert torch.equal(flow, model.step(*small)[0])
+    assert "resolution has changed" in caplog.text
+
+
+def tree(root, files):
+    """Pictures of 8x6 (grey by their number) and flows whose x is their number, at those paths."""
+    for name, value in files.items():
+        path = root / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if value[0] == "picture":
+            cv2.imwrite(str(path), np.full((6, 8, 3), value[1], np.uint8))
+        elif path.suffix == ".pfm":
+            rows = np.zeros((6, 8, 3), "<f4")
+            rows[..., 0] = value[1]
+            path.write_bytes(b"PF\n8 6\n-1.0\n" + rows.tobytes())
+        else:
+            flow = torch.zeros(2, 6, 8)
+            flow[0] = value[1]
+            path.write_bytes(encode_flow(flow, torch.ones(6, 8, dtype=torch.bool), path.suffix[1:]))
+    return root
+
+
+LAYOUT = {
+    "chairs": {"data/00001_img1.ppm": ("picture", 1), "data/00001_img2.ppm": ("picture", 2),
+               "data/00001_flow.flo": ("flow", 1)},
+    "things": {f"frames_cleanpass/TRAIN/A/0000/left/{k:04}.png": ("picture", k) for k in (6, 7, 8)}
+    | {f"optical_flow/TRAIN/A/0000/into_future/left/OpticalFlowIntoFuture_{k:04}_L.pfm": ("flow", k) for k in (6, 7)}
+    | {f"optical_flow/TRAIN/A/0000/into_past/left/OpticalFlowIntoPast_{k:04}_L.pfm": ("flow", -k) for k in (7, 8)},
+    "sintel": {f"training/clean/alley/frame_{k:04}.png": ("picture", k) for k in (1, 2, 3)}
+    | {f"training/flow/alley/frame_{k:04}.flo": ("flow", k) for k in (1, 2)},
+    "kitti": {f"training/image_2/000003_{k:02}.png": ("picture", k) for k in (10, 11)}
+    | {"training/flow_occ/000003_10.png": ("flow", 10)},
+    "hd1k": {f"hd1k_input/image_2/000001_{k:04}.png": ("picture", k) for k in (1, 2, 3)}
+    | {f"hd1k_flow_gt/flow_occ/000001_{k:04}.png": ("flow", k) for k in (1, 2)},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", LAYOUT)
+@pytest.mark.parametrize("frames", [2, 3])
+def test_published_data_sets_are_read_from_their_own_folders(tmp_path, kind, frames):
+    folder = tree(tmp_path, LAYOUT[kind])
+    if kind == "chairs" and frames > 2:
+        with pytest.raises(InputError, match="FlyingChairs has pairs"):
+            batches(f"chairs:{folder}", frames, (6, 8), 0)
+        return
+    clips = batches(f"{kind}:{folder}", frames, (6, 8), 0).clips
+    assert len(clips) == {"chairs": 1, "kitti": 1}.get(kind, 4 - frames)
+    clip = clips[0]
+    assert clip["video"].shape == (frames, 3, 6, 8)
+    for gap in range(frames - 1):
+        if clip["valid"][gap].any():  # the flow into the next picture is named by the picture that it begins at
+            assert torch.allclose(clip["flow"][gap, 0], torch.full((6, 8), float(clip["video"][gap].mean() * 255)),
+                                  atol=0.02)  # fmt: skip
+            assert not clip["flow"][gap, 1].any()
+    assert clip["valid"][-1].all()
+    if kind == "things":
+        assert (clip["backward"][:, 0] == -(clip["video"][1:].mean((1, 2, 3)) * 255).round()[:, None, None]).all()
+
+
+def test_a_folder_of_another_layout_is_one_line(tmp_path):
+    with pytest.raises(InputError, match="no clip of 3 frames"):
+        batches(f"sintel:{tmp_path}", 3, (6, 8), 0)
+    with pytest.raises(InputError, match="flow is learnt from world"):
+        batches("vimeo:somewhere", 2, (6, 8), 0)
+
+
+def test_the_command_says_what_is_wrong_and_leaves_nothing(tmp_path):
+    path = tmp_path / "in.mp4"
+    make(path, moving(6))
+    full = tmp_path / "full"
+    full.mkdir()
+    (full / "kept.txt").write_text("mine")
+    for extra, said in ((["--method", "streamflow"], "weights"), (["--format", "jpg"], "--format jpg"),
+                        (["--range", "0s:0.03s"], "at least 2 frames")):  # fmt: skip
+        result = CliRunner().invoke(app, ["flow", str(path), str(tmp_path / "out"), *extra])
+        assert isinstance(result.exception, InputError)
+        assert said in str(result.exception)
+        assert not (tmp_path / "out").exists()
+    assert isinstance(CliRunner().invoke(app, ["flow", str(path), str(full)]).exception, InputError)
+    assert [p.name for p in full.iterdir()] == ["kept.txt"]
+    rest = ["--overwrite", "--format", "npz", "--bidirectional"]
+    result = CliRunner().invoke(app, ["flow", str(path), str(full), *rest])
+    assert result.exit_code == 0, result.output
+    assert len(list(full.glob("*.npz"))) == 10
+    assert (full / "flow.mp4").is_file()
+    assert not (full / "kept.txt").exists()

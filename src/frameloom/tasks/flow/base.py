@@ -5,7 +5,7 @@ as soon as it can; how many frames it holds meanwhile is its own affair. The dri
 where the scene changes and pads and crops the pictures.
 """
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol, runtime_checkable
@@ -24,7 +24,7 @@ from frameloom.training.pretrained import load
 from frameloom.training.recipe import Recipe
 from frameloom.video.clip import Clip, Frame, Source
 
-# What two cores can train in a quarter of an hour. Stride 4: at this budget finer cells are worth more than width.
+# What a core can train in half an hour. Stride 4: at this budget finer cells are worth more than width.
 SMALL = {
     "stride": 4, "features": 48, "hidden": 32, "context": 32, "motion": (48, 40, 24, 16, 32), "mask": 64,
     "radius": 2, "levels": 3, "iterations": 4, "refinements": 6, "context_norm": "instance",
@@ -32,9 +32,8 @@ SMALL = {
 SMALL_SK = SMALL | {"encoder": "twins", "stem": (48, 48), "heads": (2, 2), "kernels": (1, 7), "cell_kernels": (1, 7)}
 SMALL_CROP, CROP = (64, 96), (432, 960)
 # One budget for all, so that claims compare methods and not patience.
-RECIPE = Recipe(steps=500, batch_size=2, lr=1e-3, final_lr=2e-5, warmup=40, weight_decay=1e-5, ema=0.99)
-# The GRU's steps cost half as much.
-RECIPE_GRU = replace(RECIPE, steps=1000)
+RECIPE = Recipe(steps=2000, batch_size=3, lr=1e-3, final_lr=1e-5, warmup=150, hold=0.4, weight_decay=1e-5, ema=0.995,
+                bf16=True)  # fmt: skip
 PAPER_RECIPE = Recipe(steps=100_000, batch_size=8, lr=2.5e-4, warmup=5000, weight_decay=1e-4)
 
 
@@ -198,13 +197,14 @@ class FlowClip:
             torch.tensor([[gap.valid for gap in made]]),
         )
 
-    def to_rgb(self, longest: float | int | None = None) -> Clip:
+    def to_rgb(self, longest: float | int | None = None, seen: Callable[[int, Gap], None] | None = None) -> Clip:
         """The forward flow as a lazy clip of colours (see `frameloom.motion.flowio.colours`).
 
-        `longest` is the length in pixels of full colour; None takes a tenth of the shorter side.
+        `longest` is the length in pixels of full colour; None takes a tenth of the shorter side. `seen` is called with
+        the number and the flow of every gap as it is drawn.
         """
         reach = longest or min(self.clip.info.width, self.clip.info.height) / 10
-        return Clip(_Coloured(self, reach))
+        return Clip(_Coloured(self, reach, seen))
 
     def save(self, folder: str | Path, kind: str = "flo", *, overwrite: bool = False, progress: Progress = silent):
         """Write `forward_00000.flo` (from frame 0 to 1) and so on, `backward_00001.flo` (from frame 1 to 0) and so on,
@@ -220,8 +220,8 @@ class FlowClip:
 class _Coloured(Source):
     """The colours of a flow, one picture a gap."""
 
-    def __init__(self, made: FlowClip, longest: float) -> None:
-        self.made, self.longest, self.base = made, longest, made.clip.source
+    def __init__(self, made: FlowClip, longest: float | int, seen: Callable[[int, Gap], None] | None) -> None:
+        self.made, self.longest, self.seen, self.base = made, longest, seen, made.clip.source
         self.info = replace(self.base.info, name=f"flow of {self.base.info.name}")
 
     def times(self):
@@ -229,8 +229,10 @@ class _Coloured(Source):
 
     def frames(self, start: int = 0, stop: int | None = None) -> Iterator[Frame]:
         times = self.times()
-        part = FlowClip(self.made.clip[start:], self.made.method, device=self.made.device)
+        part = replace(self.made, clip=self.made.clip[start:] if start else self.made.clip)
         for number, gap in zip(range(*slice(start, stop).indices(len(times))), part, strict=False):
+            if self.seen is not None:
+                self.seen(number, gap)
             yield Frame(times[number], self.info.colour, rgb=colours(gap.fwd, self.longest))
 
     def fingerprint(self) -> str:

@@ -8,13 +8,12 @@ from typing import TYPE_CHECKING
 import torch
 
 from frameloom.errors import InputError
-from frameloom.motion.flowio import FORMATS, colours, encode_flow
+from frameloom.motion.flowio import FORMATS, encode_flow
 from frameloom.progress import Progress
-from frameloom.video.clip import Clip
 from frameloom.video.writer import write
 
 if TYPE_CHECKING:
-    from frameloom.tasks.flow.base import FlowClip
+    from frameloom.tasks.flow.base import FlowClip, Gap
 
 
 def check(folder: Path, kind: str, overwrite: bool) -> None:
@@ -30,21 +29,19 @@ def check(folder: Path, kind: str, overwrite: bool) -> None:
 def save(made: "FlowClip", folder: Path, kind: str, overwrite: bool, progress: Progress) -> Path:
     """Every gap as a file, and the forward flow as `flow.mp4`; `folder` appears when all of it is there."""
     check(folder, kind, overwrite)
-    info = made.clip.info
-    longest = min(info.width, info.height) / 10
     scratch = folder.with_name(f"{folder.name}.partial")
     shutil.rmtree(scratch, ignore_errors=True)
     scratch.mkdir(parents=True)
+
+    def keep(number: int, gap: "Gap") -> None:
+        valid = torch.full(gap.fwd.shape[1:], gap.valid)
+        (scratch / f"forward_{number:05}.{kind}").write_bytes(encode_flow(gap.fwd, valid, kind))
+        if gap.bwd is not None:
+            (scratch / f"backward_{number + 1:05}.{kind}").write_bytes(encode_flow(gap.bwd, valid, kind))
+        progress("flow", number + 1, len(made))
+
     try:
-        looks = []
-        for number, gap in enumerate(made):
-            valid = torch.full(gap.fwd.shape[1:], gap.valid)
-            (scratch / f"forward_{number:05}.{kind}").write_bytes(encode_flow(gap.fwd, valid, kind))
-            if gap.bwd is not None:
-                (scratch / f"backward_{number + 1:05}.{kind}").write_bytes(encode_flow(gap.bwd, valid, kind))
-            looks.append((colours(gap.fwd, longest) * 255).round().byte())
-            progress("flow", number + 1, len(made))
-        write(Clip.from_tensor(torch.stack(looks), made.clip.rate, "flow"), scratch / "flow.mp4")
+        write(made.to_rgb(seen=keep), scratch / "flow.mp4")
         if folder.is_dir():
             shutil.rmtree(folder)
         os.replace(scratch, folder)

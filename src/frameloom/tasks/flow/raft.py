@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from frameloom.motion.raft import RaftConfig, TwoFrame
-from frameloom.tasks.flow.base import CROP, PAPER_RECIPE, RECIPE_GRU, SMALL, SMALL_CROP, preset
+from frameloom.tasks.flow.base import CROP, PAPER_RECIPE, RECIPE, SMALL, SMALL_CROP, preset
 from frameloom.tasks.flow.data import FlowBatches, batches
 from frameloom.tasks.flow.published import fill
 from frameloom.training.recipe import Recipe
@@ -46,7 +46,7 @@ class RAFT(TwoFrame):
     def recipe(cls, size: str) -> Recipe:
         """How a size is trained."""
         cls.preset(size)
-        return RECIPE_GRU if size == "tiny" else PAPER_RECIPE
+        return RECIPE if size == "tiny" else PAPER_RECIPE
 
     @classmethod
     def dataset(cls, source: str, size: str, seed: int) -> FlowBatches:

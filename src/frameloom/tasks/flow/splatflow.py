@@ -35,7 +35,7 @@ from frameloom.motion.raft import (
     step,
 )
 from frameloom.motion.warp import forward_splat
-from frameloom.tasks.flow.base import CROP, PAPER_RECIPE, RECIPE_GRU, SMALL, SMALL_CROP, preset
+from frameloom.tasks.flow.base import CROP, PAPER_RECIPE, RECIPE, SMALL, SMALL_CROP, preset
 from frameloom.tasks.flow.data import FlowBatches, batches
 from frameloom.tasks.flow.published import fill, plain
 from frameloom.training.recipe import Recipe
@@ -103,7 +103,7 @@ class SplatFlow(RaftCore):
     def recipe(cls, size: str) -> Recipe:
         """How a size is trained."""
         cls.preset(size)
-        return RECIPE_GRU if size == "tiny" else PAPER_RECIPE
+        return RECIPE if size == "tiny" else PAPER_RECIPE
 
     @classmethod
     def dataset(cls, source: str, size: str, seed: int) -> FlowBatches:
