@@ -85,6 +85,27 @@ Source frames (first and last) and the three made between them:
 ![Five frames, three of them made](../pictures/slow-motion.png)
 """,
     ),
+    "flow": (
+        "Find the motion of every pixel from frame to frame: flow files, and a video of it in colours.",
+        """```
+frameloom flow in.mp4 flow/                                    # .flo files and flow.mp4; dis, without weights
+frameloom flow in.mp4 flow/ --format png --bidirectional       # KITTI's 16-bit pictures, both ways; or npz
+frameloom flow in.mp4 flow/ --method splatflow --weights DIR   # a network that was trained
+frameloom train splatflow --data sintel:DIR -o runs/splatflow  # or things:, kitti:, chairs:, hd1k:, world
+```
+
+```python
+import frameloom as fl
+
+for gap in fl.flow(fl.read("in.mp4"), "dis"):    # one gap in memory at a time
+    gap.fwd, gap.valid                           # (2, h, w) in pixels, x first; False across a cut
+```
+
+`forward_00003.flo` is the flow from frame 3 to frame 4, `backward_00004.flo` the one back. Across a scene cut there is
+no flow: it is zero and marked as unknown. `dis` also serves this verb and is what `auto` takes; the networks ship no
+weights yet.
+""",
+    ),
     "stabilize": (
         "Take the shake out of a handheld video, at the full field of view: no crop, no black border.",
         """```

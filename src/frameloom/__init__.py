@@ -19,6 +19,7 @@ _HOMES = {
     "cards": "frameloom.cards",
     "compress": "frameloom.tasks.compression",
     "decompress": "frameloom.tasks.compression",
+    "flow": "frameloom.tasks.flow",
     "generate": "frameloom.tasks.generation",
     "distill": "frameloom.tasks.distillation",
     "inspect": "frameloom.tasks.compression",

@@ -114,7 +114,8 @@ def chosen(method: str, verb: str) -> str:
     """`method` itself, or for `"auto"` the method of `verb` whose card says so."""
     if method != "auto":
         return method
-    return next(card.id for card in cards().values() if card.verb == verb and card.auto)
+    own = [card.id for card in cards().values() if card.verb == verb and card.auto]
+    return next(iter(own + [card.id for card in cards().values() if verb in card.also and card.auto]))
 
 
 def card(method: str, verb: str | None = None) -> Card:

@@ -10,7 +10,7 @@ from frameloom.cli import options
 
 
 def register(app: typer.Typer) -> None:
-    for command in (interpolate, stabilize, live, compress, decompress, inspect, run):
+    for command in (flow, interpolate, stabilize, live, compress, decompress, inspect, run):
         app.command()(command)
 
 
@@ -32,6 +32,45 @@ def finish(clip, output: Path, *, codec: str, crf, preset, resume: bool, json: b
     if hasattr(report, "duplicates") and (report.cuts or report.duplicates):
         terminal.say(f"{report.cuts} scene cuts held, {report.duplicates} repeated frames kept")
     terminal.say(terminal.describe_result(output, len(clip), clip.rate, seconds, float(clip.duration)))
+
+
+def flow(
+    input: options.Input,
+    folder: Annotated[Path, typer.Argument(help="the folder to make")],
+    method: options.Method = "auto",
+    format: Annotated[str, typer.Option(help="flo, npz or png (KITTI's 16 bit)")] = "flo",
+    bidirectional: Annotated[bool, typer.Option("--bidirectional", help="also from each frame back")] = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="replace a folder that is not empty")] = False,
+    weights: options.Weights = None,
+    device: options.Device = "cpu",
+    stream: options.Stream = 0,
+    range: options.Range = None,
+    rate: options.Rate = None,
+    deinterlace: options.Deinterlace = False,
+    keep_readable: options.KeepReadable = False,
+    json: options.Json = False,
+) -> None:
+    """Find the motion of every pixel from frame to frame: flow files, and a video of it in colours."""
+    from frameloom.cards import chosen
+    from frameloom.cli import terminal
+    from frameloom.tasks.flow import flow as verb
+    from frameloom.tasks.flow.files import check
+    from frameloom.video.reader import read
+
+    terminal.listen()
+    check(folder, format, overwrite)
+    clip = read(input, stream=stream, range=range, rate=rate, deinterlace=deinterlace, keep_readable=keep_readable)
+    terminal.say(terminal.describe(clip, Path(input).name))
+    name = chosen(method, "flow")
+    made = verb(clip, name, bidirectional=bidirectional, weights=weights, device=device)
+    begun = time.perf_counter()
+    with terminal.bar("gaps") as progress:
+        made.save(folder, format, overwrite=overwrite, progress=progress)
+    seconds = round(time.perf_counter() - begun, 2)
+    if json:
+        terminal.emit({"output": str(folder), "method": name, "flows": len(made), "format": format, "seconds": seconds})
+    else:
+        terminal.say(f"{folder}  {len(made):,} flows by {name}  {seconds} s")
 
 
 def interpolate(

@@ -44,7 +44,8 @@ def forward_splat(
 
     `sum` adds up and conserves mass inside the frame; the others divide by the weight received: `average` by
     bilinear weight, `linear` by weight times `importance` (>= 0), `softmax` by weight times exp(importance).
-    Uncovered pixels are 0 with weight 0. Differentiable in image, flow and importance.
+    Uncovered pixels are 0 with weight 0; pixels without a finite
+    flow are left out. Differentiable in image, flow and importance.
 
     Source: S. Niklaus, F. Liu, "Softmax Splatting for Video Frame Interpolation", CVPR 2020,
     arXiv 2003.05534.
@@ -58,6 +59,9 @@ def forward_splat(
         weight = importance if mode == "linear" else (importance - top).exp()
     else:
         weight = torch.ones_like(image[:, :1])
+    # What goes nowhere in particular is not deposited.
+    finite = flow.isfinite().all(1, keepdim=True)
+    flow, weight = torch.where(finite, flow, 0), weight * finite
     payload = torch.cat([image * weight, weight], dim=1).flatten(2)
 
     x, y = _targets(flow)

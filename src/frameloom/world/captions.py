@@ -56,12 +56,12 @@ class CaptionedClips:
             indices = range(number * _BLOCK, min((number + 1) * _BLOCK, len(self.data)))
             world = self.data.world(indices)
             made = world.render(self.data.height, self.data.width, **self.data.render)["rgb"]
-            _keep(words, np.array(world.captions()))
-            _keep(pictures, (made.clamp(0, 1) * 255).round().byte().cpu().numpy())
+            keep(words, np.array(world.captions()))
+            keep(pictures, (made.clamp(0, 1) * 255).round().byte().cpu().numpy())
         return np.load(pictures, mmap_mode="r"), np.load(words)
 
 
-def _keep(path: Path, array: np.ndarray) -> None:
+def keep(path: Path, array: np.ndarray) -> None:
     """Write in one step, so that a reader beside never sees half a block."""
     path.parent.mkdir(parents=True, exist_ok=True)
     handle, name = tempfile.mkstemp(dir=path.parent)

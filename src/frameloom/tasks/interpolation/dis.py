@@ -10,6 +10,8 @@ Where the flow is shorter than its own error the recorded pixels are simply aver
 Flow: Kroeger et al., Fast Optical Flow using Dense Inverse Search, ECCV 2016 (see `frameloom.motion.dis`).
 """
 
+from collections.abc import Iterable
+
 import cv2
 import numpy as np
 import torch
@@ -30,6 +32,19 @@ class DIS:
 
     fixed_t = False
     tile = None
+    multiple = 1
+    least = 1
+
+    def stream(self, frames: Iterable[Float[Tensor, "3 h w"]], backward: bool = False):
+        """The flow of each gap as a flow method gives it: `(2, h, w)` in pixels, and the one back or None."""
+        before = None
+        for frame in frames:
+            grey = grey_pixels(frame)
+            if before is not None:
+                pairs = [(before, grey), (grey, before)] if backward else [(before, grey)]
+                found = [torch.from_numpy(dis_flow(*pair, finest=0)).permute(2, 0, 1) for pair in pairs]
+                yield found[0], found[1] if backward else None
+            before = grey
 
     def between(self, frame0: Float[Tensor, "3 h w"], frame1: Float[Tensor, "3 h w"]):
         """The function t -> picture `(3, h, w)`; the flows are estimated once, here."""

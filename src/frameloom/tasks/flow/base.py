@@ -1,0 +1,239 @@
+"""The flow task: its protocol, its driver and its public function.
+
+A method sees runs of frames without a cut, of sides that suit it, one after the other, and gives the flow of each gap
+as soon as it can; how many frames it holds meanwhile is its own affair. The driver reads the clip once, splits it
+where the scene changes and pads and crops the pictures.
+"""
+
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, NamedTuple, Protocol, runtime_checkable
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Bool, Float
+from torch import Tensor
+
+from frameloom.cards import card, chosen
+from frameloom.errors import InputError
+from frameloom.motion.cuts import change
+from frameloom.motion.flowio import colours
+from frameloom.progress import Progress, silent
+from frameloom.training.pretrained import load
+from frameloom.training.recipe import Recipe
+from frameloom.video.clip import Clip, Frame, Source
+
+# What a core can train in half an hour. Stride 4: at this budget finer cells are worth more than width.
+SMALL = {
+    "stride": 4, "features": 48, "hidden": 32, "context": 32, "motion": (48, 40, 24, 16, 32), "mask": 64,
+    "radius": 2, "levels": 3, "iterations": 4, "refinements": 6, "context_norm": "instance",
+}  # fmt: skip
+SMALL_SK = SMALL | {"encoder": "twins", "stem": (48, 48), "heads": (2, 2), "kernels": (1, 7), "cell_kernels": (1, 7)}
+SMALL_CROP, CROP = (64, 96), (432, 960)
+# One budget for all, so that claims compare methods and not patience.
+RECIPE = Recipe(steps=2000, batch_size=3, lr=1e-3, final_lr=1e-5, warmup=150, hold=0.4, weight_decay=1e-5, ema=0.995,
+                bf16=True)  # fmt: skip
+PAPER_RECIPE = Recipe(steps=100_000, batch_size=8, lr=2.5e-4, warmup=5000, weight_decay=1e-4)
+
+
+def preset(presets: dict[str, Any], size: str, method: str) -> Any:
+    """The configuration of a size. Raises InputError for one that there is not."""
+    if size not in presets:
+        raise InputError(f"--size {size}: no such size of {method}; there are {', '.join(presets)}")
+    return presets[size]
+
+
+class Flow(NamedTuple):
+    """Flow of a batch of videos in pixels, x first.
+
+    `fwd` `(b, t-1, 2, h, w)` from frame k to k + 1, `bwd` from k + 1 to k or None; `valid` `(b, t-1)` is False where a
+    cut lies between the frames, and the flow there is zero.
+    """
+
+    fwd: Float[Tensor, "b s 2 h w"]
+    bwd: Float[Tensor, "b s 2 h w"] | None
+    valid: Bool[Tensor, "b s"]
+
+
+@runtime_checkable
+class FlowEstimator(Protocol):
+    """A method that finds the motion of every pixel from frame to frame.
+
+    `stream(frames, backward)` takes pictures `(3, h, w)` in [0, 1], two or more of one scene, and yields for every
+    gap the flow `(2, h, w)` to the next frame and, if `backward`, the one back (else None). `multiple`: what the sides
+    must be divisible by; `least`: the shortest side that it can see anything in.
+    """
+
+    multiple: int
+    least: int
+
+    def stream(
+        self, frames: Iterable[Float[Tensor, "3 h w"]], backward: bool = False
+    ) -> Iterator[tuple[Float[Tensor, "2 h w"], Float[Tensor, "2 h w"] | None]]: ...
+
+
+class Gap(NamedTuple):
+    """The flow between two neighbouring frames; `valid` is False across a cut, where it is zero."""
+
+    fwd: Float[Tensor, "2 h w"]
+    bwd: Float[Tensor, "2 h w"] | None
+    valid: bool
+
+
+def gaps(
+    method: FlowEstimator, frames: Iterable[Tensor], backward: bool = False, device: str = "cpu", name: str = "clip"
+) -> Iterator[Gap]:
+    """The flow of every gap of a run of frames `(3, h, w)`, one at a time.
+
+    Raises InputError for a frame of another size than the first, naming it.
+    """
+    source = iter(frames)
+    waiting: list[Tensor] = []
+    count, size = 0, None
+
+    def scene(first: Tensor) -> Iterator[Tensor]:
+        """Frames up to the next cut; the one after it is left in `waiting`."""
+        nonlocal count, size
+        before = first
+        yield _padded(first, method).to(device)
+        for frame in source:
+            count += 1
+            if frame.shape != size:
+                raise InputError(f"{name}: frame {count} is {frame.shape[2]}x{frame.shape[1]}, the first is "
+                                 f"{size[2]}x{size[1]}; all must have one size")  # fmt: skip
+            if change(before, frame).cut:
+                waiting.append(frame)
+                return
+            before = frame
+            yield _padded(frame, method).to(device)
+
+    first = next(source, None)
+    if first is None:
+        return
+    size = first.shape
+    waiting.append(first)
+    while waiting:
+        height, width = size[-2:]
+        with torch.inference_mode():
+            for fwd, bwd in method.stream(scene(waiting.pop()), backward):
+                cropped = [None if flow is None else flow[..., :height, :width].float().cpu() for flow in (fwd, bwd)]
+                yield Gap(*cropped, True)
+        if waiting:
+            zero = torch.zeros(2, height, width)
+            yield Gap(zero, zero.clone() if backward else None, False)
+
+
+def _padded(frame: Tensor, method: FlowEstimator) -> Tensor:
+    """Edges repeated to the right and below, to sides that the method can take."""
+    height, width = frame.shape[-2:]
+    tall, wide = (max(side + -side % method.multiple, method.least) for side in (height, width))
+    return F.pad(frame[None], (0, wide - width, 0, tall - height), mode="replicate")[0]
+
+
+def estimate(method: FlowEstimator, video: Float[Tensor, "b t 3 h w"], backward: bool = False) -> Flow:
+    """The flow of videos in memory, each on its own. Raises InputError for fewer than 2 frames."""
+    if video.shape[1] < 2:
+        raise InputError("flow needs at least 2 frames; this video has 1")
+    made = [list(gaps(method, clip, backward)) for clip in video]
+    return Flow(
+        torch.stack([torch.stack([gap.fwd for gap in row]) for row in made]),
+        torch.stack([torch.stack([gap.bwd for gap in row]) for row in made]) if backward else None,
+        torch.tensor([[gap.valid for gap in row] for row in made]),
+    )
+
+
+def flow(
+    clip: Clip,
+    method: str = "auto",
+    *,
+    bidirectional: bool = False,
+    weights: str | None = None,
+    device: str = "cpu",
+) -> "FlowClip":
+    """The motion of every pixel of a clip from each frame to the next, lazily.
+
+    Args:
+        method: a method of this task, or `"auto"` for the one that measures best on real footage.
+        bidirectional: also from each frame back to the one before.
+        weights: for methods that have them; see `frameloom.load`.
+
+    Raises:
+        InputError: a single frame, an unknown method, pictures that the method is too coarse for.
+    """
+    name = chosen(method, "flow")
+    card(name, "flow")
+    if len(clip) < 2:
+        raise InputError(f"{clip.info.name}: flow needs at least 2 frames, this clip has {len(clip)}")
+    made = load(name, weights, device=device)
+    if isinstance(made, torch.nn.Module) and made.least > 2 * min(clip.info.width, clip.info.height):
+        raise InputError(f"{clip.info.name}: {clip.info.width}x{clip.info.height} is too small for {name}; "
+                         f"sides of {made.least} or more are wanted")  # fmt: skip
+    return FlowClip(clip, made, bidirectional, device)
+
+
+@dataclass(frozen=True)
+class FlowClip:
+    """The flow of a clip, computed as it is asked for: iterate over it for one `Gap` after the other."""
+
+    clip: Clip
+    method: FlowEstimator
+    bidirectional: bool = False
+    device: str = "cpu"
+
+    def __len__(self) -> int:
+        return len(self.clip) - 1
+
+    def __iter__(self) -> Iterator[Gap]:
+        frames = (frame.rgb for frame in self.clip)
+        return gaps(self.method, frames, self.bidirectional, self.device, self.clip.info.name)
+
+    def tensor(self) -> Flow:
+        """All of it in memory, with a batch of one."""
+        made = list(self)
+        return Flow(
+            torch.stack([gap.fwd for gap in made])[None],
+            torch.stack([gap.bwd for gap in made])[None] if self.bidirectional else None,
+            torch.tensor([[gap.valid for gap in made]]),
+        )
+
+    def to_rgb(self, longest: float | int | None = None, seen: Callable[[int, Gap], None] | None = None) -> Clip:
+        """The forward flow as a lazy clip of colours (see `frameloom.motion.flowio.colours`).
+
+        `longest` is the length in pixels of full colour; None takes a tenth of the shorter side. `seen` is called with
+        the number and the flow of every gap as it is drawn.
+        """
+        reach = longest or min(self.clip.info.width, self.clip.info.height) / 10
+        return Clip(_Coloured(self, reach, seen))
+
+    def save(self, folder: str | Path, kind: str = "flo", *, overwrite: bool = False, progress: Progress = silent):
+        """Write `forward_00000.flo` (from frame 0 to 1) and so on, `backward_00001.flo` (from frame 1 to 0) and so on,
+        and `flow.mp4`, the forward flow in colours; all at once when all is there.
+
+        Raises InputError for an unknown format, and for a folder that is not empty without `overwrite`.
+        """
+        from frameloom.tasks.flow.files import save
+
+        return save(self, Path(folder), kind, overwrite, progress)
+
+
+class _Coloured(Source):
+    """The colours of a flow, one picture a gap."""
+
+    def __init__(self, made: FlowClip, longest: float | int, seen: Callable[[int, Gap], None] | None) -> None:
+        self.made, self.longest, self.seen, self.base = made, longest, seen, made.clip.source
+        self.info = replace(self.base.info, name=f"flow of {self.base.info.name}")
+
+    def times(self):
+        return self.base.times()[: len(self.made)]
+
+    def frames(self, start: int = 0, stop: int | None = None) -> Iterator[Frame]:
+        times = self.times()
+        part = replace(self.made, clip=self.made.clip[start:] if start else self.made.clip)
+        for number, gap in zip(range(*slice(start, stop).indices(len(times))), part, strict=False):
+            if self.seen is not None:
+                self.seen(number, gap)
+            yield Frame(times[number], self.info.colour, rgb=colours(gap.fwd, self.longest))
+
+    def fingerprint(self) -> str:
+        return f"{self.base.fingerprint()} | flow {type(self.made.method).__name__}"

@@ -1,0 +1,266 @@
+"""Optical flow: the engine's exact properties, the policies', the driver's, and the verb."""
+
+import itertools
+
+import cv2
+import numpy as np
+import pytest
+import torch
+from torch import nn
+from typer.testing import CliRunner
+
+import frameloom
+from frameloom.cli.app import app
+from frameloom.errors import InputError
+from frameloom.motion.correlation import CorrPyramid, LazyCorr
+from frameloom.motion.flowio import encode_flow, read_flow
+from frameloom.motion.twins import Twins
+from frameloom.motion.warp import forward_splat
+from frameloom.tasks.flow.base import estimate
+from frameloom.tasks.flow.data import batches
+from frameloom.tasks.flow.gma import GMA
+from frameloom.tasks.flow.splatflow import SplatFlow, State, aligned
+from frameloom.tasks.flow.streamflow import StreamFlow
+from frameloom.tasks.flow.videoflow import VideoFlow
+from frameloom.tasks.interpolation.dis import DIS
+from frameloom.video.clip import Clip
+from media import make, moving
+
+
+def rand(*shape, seed=0):
+    return torch.rand(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+def made(kind, size="tiny"):
+    """A network whose every parameter matters: what starts at zero is moved a little."""
+    torch.manual_seed(0)
+    model = kind(kind.preset(size)).eval()
+    for parameter in model.parameters():
+        if not parameter.any():
+            nn.init.normal_(parameter, std=0.02)
+    return model
+
+
+@pytest.mark.parametrize("size", [(9, 12), (8, 8), (5, 7)])
+def test_lazy_correlations_equal_dense_ones(size):
+    first, second = rand(2, 16, *size), rand(2, 16, *size, seed=1)
+    places = rand(2, 2, *size, seed=2) * 16 - 3
+    dense, lazy = CorrPyramid(first, second, 2, 3)(places), LazyCorr(first, second, 2, 3)(places)
+    assert torch.allclose(dense, lazy, atol=2e-5)
+
+
+def test_the_first_axis_of_the_window_moves_x():
+    second = torch.zeros(1, 1, 5, 5)
+    second[0, 0, 2, 3] = 1
+    places = torch.full((1, 2, 5, 5), 2.0)
+    window = CorrPyramid(torch.ones(1, 1, 5, 5), second, 1, 1)(places)[0, :, 2, 2].view(3, 3)
+    assert window.argmax() == 7  # (dx, dy) = (1, 0)
+
+
+def test_stacking_adds_no_parameters_and_one_frame_is_one_frame():
+    torch.manual_seed(0)
+    alone = Twins((8, 16), (1, 2))
+    stacked = Twins((8, 16), (1, 2), stacked=True)
+    stacked.load_state_dict(alone.state_dict())
+    assert torch.equal(alone(rand(2, 1, 3, 64, 64)), stacked(rand(2, 1, 3, 64, 64)))
+
+
+@torch.no_grad()
+def test_gaps_of_a_group_know_of_each_other_and_clips_of_a_batch_do_not():
+    model, video = made(StreamFlow), rand(2, 4, 3, 32, 48)
+    together = model(video, 2)[-1]
+    assert torch.allclose(together[:1], model(video[:1], 2)[-1], atol=1e-4)
+    other = video.clone()
+    other[:, 3] = rand(2, 3, 32, 48, seed=5)
+    assert (model(other, 2)[-1][:, 0] - together[:, 0]).abs().max() > 1e-6
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("iterations", [1, 2])
+def test_a_centre_hears_of_one_more_frame_either_side_at_every_iteration(iterations):
+    model, video = made(VideoFlow), rand(1, 7, 3, 32, 48)
+    before = model(video, iterations, last=True)[0][0][:, 2]  # centre 3
+    for frame in range(7):
+        other = video.clone()
+        other[:, frame] = rand(1, 3, 32, 48, seed=9)
+        changed = not torch.equal(model(other, iterations, last=True)[0][0][:, 2], before)
+        assert changed == (abs(frame - 3) <= iterations), frame
+
+
+@torch.no_grad()
+def test_splatflow_without_a_history_is_gma_bit_for_bit():
+    splat = made(SplatFlow)
+    gma = GMA(GMA.preset("tiny")).eval()
+    renamed = {key.replace("update.", "update_block."): value for key, value in splat.state_dict().items()}
+    gma.load_state_dict({key: renamed[key] for key in gma.state_dict()})
+    first, second = rand(1, 3, 32, 48), rand(1, 3, 32, 48, seed=1)
+    assert torch.equal(splat(first, second, None, 3)[0][-1], gma(first, second, 3)[-1])
+
+
+def test_a_motion_feature_moves_by_whole_cells_exactly():
+    motion = rand(1, 4, 5, 6)
+    flow = torch.zeros(1, 2, 5, 6)
+    flow[:, 0] = 2
+    assert torch.equal(aligned(State(motion, flow))[..., 2:], motion[..., :-2])
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("method", [DIS, GMA, SplatFlow, StreamFlow, VideoFlow])
+@pytest.mark.parametrize("frames", [2, 3, 4, 5, 7])
+def test_every_gap_has_a_flow_each_way(method, frames):
+    model = method() if method is DIS else made(method)
+    if method is not DIS:
+        object.__setattr__(model.config, "refinements", 1)
+    found = estimate(model, rand(1, frames, 3, 34, 45), backward=True)
+    assert found.fwd.shape == found.bwd.shape == (1, frames - 1, 2, 34, 45)
+
+
+@torch.no_grad()
+def test_a_stream_in_parts_with_its_state_is_the_stream_in_one():
+    model, video = made(SplatFlow), rand(5, 1, 3, 32, 48)
+    state, parts = None, []
+    for first, second in itertools.pairwise(video):
+        flow, state = model.step(first, second, State(*(part.clone() for part in state)) if state else None)
+        parts.append(flow[0])
+    whole = [flow for flow, _ in model.stream(iter(video[:, 0]))]
+    assert all(torch.equal(a, b) for a, b in zip(parts, whole, strict=True))
+
+
+@pytest.mark.parametrize("kind", ["flo", "npz", "png"])
+def test_a_flow_file_comes_back(tmp_path, kind):
+    flow, valid = rand(2, 5, 7) * 40 - 20, rand(5, 7, seed=1) > 0.3
+    path = tmp_path / f"a.{kind}"
+    path.write_bytes(encode_flow(flow, valid, kind))
+    back, known = read_flow(path)
+    assert torch.equal(known, valid)
+    assert ((back - flow).abs() * valid).max() <= (1 / 128 if kind == "png" else 0)
+
+
+def test_the_verb_writes_a_folder_once_and_knows_a_cut(tmp_path):
+    scene = torch.nn.functional.interpolate(rand(2, 3, 9, 12), (48, 64), mode="bicubic").clamp(0, 1)
+    video = torch.stack([scene[0].roll(k, 2) for k in range(3)] + [1 - scene[1] * 0.2] * 2)
+    made_flow = frameloom.flow(Clip.from_tensor(video, 8), "dis", bidirectional=True)
+    found = made_flow.tensor()
+    assert not found.fwd[~found.valid].any()
+    folder = made_flow.save(tmp_path / "flow")
+    assert len(list(folder.glob("*.flo"))) == 8
+    assert (folder / "flow.mp4").is_file()
+    with pytest.raises(InputError, match="is not empty"):
+        made_flow.save(folder)
+    with pytest.raises(InputError, match="at least 2 frames"):
+        frameloom.flow(Clip.from_tensor(video[:1], 8), "dis")
+
+
+def test_pixels_without_a_finite_flow_are_not_splatted():
+    flow = torch.zeros(1, 2, 4, 5)
+    flow[0, 0, 1, 1], flow[0, 1, 2, 3] = float("nan"), float("inf")
+    image = rand(1, 3, 4, 5) + 1
+    out, weight = forward_splat(image, flow, "sum")
+    assert out.isfinite().all()
+    assert [int(n) for n in (weight == 0).nonzero()[:, 2:].flatten()] == [1, 1, 2, 3]
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("frames", [10, 13])
+def test_centres_of_a_later_window_are_what_a_whole_clip_gives_within_reach(frames):
+    model = made(VideoFlow)
+    object.__setattr__(model.config, "refinements", 1)
+    video = rand(1, frames, 3, 32, 48)
+    found = [flow for flow, _ in model.stream(iter(video[0]))]
+    whole = model(video, 1, last=True)[0][0][0]  # forward flows of frames 1 to t - 2
+    assert len(found) == frames - 1
+    for k in range(1, frames - 1):
+        assert torch.allclose(found[k], whole[k - 1], atol=1e-4), k
+
+
+def test_a_stream_of_another_resolution_begins_anew_with_a_note(caplog):
+    model = made(SplatFlow)
+    _, state = model.step(rand(1, 3, 32, 48), rand(1, 3, 32, 48, seed=1))
+    small = rand(1, 3, 24, 40), rand(1, 3, 24, 40, seed=1)
+    flow, _ = model.step(*small, state)
+    assert torch.equal(flow, model.step(*small)[0])
+    assert "resolution has changed" in caplog.text
+
+
+def tree(root, files):
+    """Pictures of 8x6 (grey by their number) and flows whose x is their number, at those paths."""
+    for name, value in files.items():
+        path = root / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if value[0] == "picture":
+            cv2.imwrite(str(path), np.full((6, 8, 3), value[1], np.uint8))
+        elif path.suffix == ".pfm":
+            rows = np.zeros((6, 8, 3), "<f4")
+            rows[..., 0] = value[1]
+            path.write_bytes(b"PF\n8 6\n-1.0\n" + rows.tobytes())
+        else:
+            flow = torch.zeros(2, 6, 8)
+            flow[0] = value[1]
+            path.write_bytes(encode_flow(flow, torch.ones(6, 8, dtype=torch.bool), path.suffix[1:]))
+    return root
+
+
+LAYOUT = {
+    "chairs": {"data/00001_img1.ppm": ("picture", 1), "data/00001_img2.ppm": ("picture", 2),
+               "data/00001_flow.flo": ("flow", 1)},
+    "things": {f"frames_cleanpass/TRAIN/A/0000/left/{k:04}.png": ("picture", k) for k in (6, 7, 8)}
+    | {f"optical_flow/TRAIN/A/0000/into_future/left/OpticalFlowIntoFuture_{k:04}_L.pfm": ("flow", k) for k in (6, 7)}
+    | {f"optical_flow/TRAIN/A/0000/into_past/left/OpticalFlowIntoPast_{k:04}_L.pfm": ("flow", -k) for k in (7, 8)},
+    "sintel": {f"training/clean/alley/frame_{k:04}.png": ("picture", k) for k in (1, 2, 3)}
+    | {f"training/flow/alley/frame_{k:04}.flo": ("flow", k) for k in (1, 2)},
+    "kitti": {f"training/image_2/000003_{k:02}.png": ("picture", k) for k in (10, 11)}
+    | {"training/flow_occ/000003_10.png": ("flow", 10)},
+    "hd1k": {f"hd1k_input/image_2/000001_{k:04}.png": ("picture", k) for k in (1, 2, 3)}
+    | {f"hd1k_flow_gt/flow_occ/000001_{k:04}.png": ("flow", k) for k in (1, 2)},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", LAYOUT)
+@pytest.mark.parametrize("frames", [2, 3])
+def test_published_data_sets_are_read_from_their_own_folders(tmp_path, kind, frames):
+    folder = tree(tmp_path, LAYOUT[kind])
+    if kind == "chairs" and frames > 2:
+        with pytest.raises(InputError, match="FlyingChairs has pairs"):
+            batches(f"chairs:{folder}", frames, (6, 8), 0)
+        return
+    clips = batches(f"{kind}:{folder}", frames, (6, 8), 0).clips
+    assert len(clips) == {"chairs": 1, "kitti": 1}.get(kind, 4 - frames)
+    clip = clips[0]
+    assert clip["video"].shape == (frames, 3, 6, 8)
+    for gap in range(frames - 1):
+        if clip["valid"][gap].any():  # the flow into the next picture is named by the picture that it begins at
+            assert torch.allclose(clip["flow"][gap, 0], torch.full((6, 8), float(clip["video"][gap].mean() * 255)),
+                                  atol=0.02)  # fmt: skip
+            assert not clip["flow"][gap, 1].any()
+    assert clip["valid"][-1].all()
+    if kind == "things":
+        assert (clip["backward"][:, 0] == -(clip["video"][1:].mean((1, 2, 3)) * 255).round()[:, None, None]).all()
+
+
+def test_a_folder_of_another_layout_is_one_line(tmp_path):
+    with pytest.raises(InputError, match="no clip of 3 frames"):
+        batches(f"sintel:{tmp_path}", 3, (6, 8), 0)
+    with pytest.raises(InputError, match="flow is learnt from world"):
+        batches("vimeo:somewhere", 2, (6, 8), 0)
+
+
+def test_the_command_says_what_is_wrong_and_leaves_nothing(tmp_path):
+    path = tmp_path / "in.mp4"
+    make(path, moving(6))
+    full = tmp_path / "full"
+    full.mkdir()
+    (full / "kept.txt").write_text("mine")
+    for extra, said in ((["--method", "streamflow"], "weights"), (["--format", "jpg"], "--format jpg"),
+                        (["--range", "0s:0.03s"], "at least 2 frames")):  # fmt: skip
+        result = CliRunner().invoke(app, ["flow", str(path), str(tmp_path / "out"), *extra])
+        assert isinstance(result.exception, InputError)
+        assert said in str(result.exception)
+        assert not (tmp_path / "out").exists()
+    assert isinstance(CliRunner().invoke(app, ["flow", str(path), str(full)]).exception, InputError)
+    assert [p.name for p in full.iterdir()] == ["kept.txt"]
+    rest = ["--overwrite", "--format", "npz", "--bidirectional"]
+    result = CliRunner().invoke(app, ["flow", str(path), str(full), *rest])
+    assert result.exit_code == 0, result.output
+    assert len(list(full.glob("*.npz"))) == 10
+    assert (full / "flow.mp4").is_file()
+    assert not (full / "kept.txt").exists()
