@@ -275,7 +275,7 @@ def card_section(card: Card) -> str:
 
 def verb_page(verb: str) -> str:
     summary, body = VERBS[verb]
-    mine = [card for card in cards().values() if card.verb == verb]
+    mine = [card for card in cards().values() if verb == card.verb or verb in card.also]
     sections = "\n\n".join(card_section(card) for card in mine)
     return f"# {verb}\n\n{summary}\n\n{body}\n{measured(verb)}## Methods\n\n{methods_table(mine)}\n\n{sections}\n"
 
