@@ -10,7 +10,16 @@ import torch
 import torch.nn.functional as F
 
 import frameloom as fl
-from frameloom.diffusion.attention_edits import SharedKeys, WindowedAttention, finish, project, triangle, windows
+from frameloom.diffusion.attention_edits import (
+    SharedKeys,
+    WindowedAttention,
+    attend_in_windows,
+    finish,
+    fused,
+    project,
+    triangle,
+    windows,
+)
 from frameloom.diffusion.cond import Cond
 from frameloom.diffusion.generator import fitted, open_generator, seeded
 from frameloom.diffusion.guide import Joint
@@ -745,3 +754,14 @@ def test_mistakes_are_one_line_with_status_two_and_leave_nothing(tmp_path, argum
     assert message in done.stderr
     assert len(done.stderr.strip().splitlines()) == 1
     assert [path.name for path in tmp_path.iterdir()] == ["empty.txt"]
+
+
+@pytest.mark.parametrize(("frames", "size", "stride"), [(32, 8, 2), (13, 4, 3), (40, 4, 1), (7, 5, 2)])
+def test_attention_in_windows_is_the_average_of_attention_in_each(frames, size, stride):
+    torch.manual_seed(0)
+    q, k, v = (3 * torch.randn(2, 3, frames, 5) for _ in range(3))
+
+    def part(start: int, stop: int) -> torch.Tensor:
+        return torch.nn.functional.scaled_dot_product_attention(*(x[:, :, start:stop] for x in (q, k, v)))
+
+    assert torch.allclose(attend_in_windows(q, k, v, size, stride), fused(frames, size, stride, part, dim=2), atol=1e-5)

@@ -134,7 +134,8 @@ def _told(clip: "Clip", method: str, device: str) -> None:
     from frameloom.cli import terminal
 
     request, model = clip.source.request, clip.source.model
-    terminal.say(f"{method} with {model.name} on {device}, {request.frames:,} frames of {model.width}x{model.height}, "
+    by = method if model.name == method else f"{method} with {model.name}"
+    terminal.say(f"{by} on {device}, {request.frames:,} frames of {model.width}x{model.height}, "
                  f"{request.steps} steps, guidance {request.guidance:g}, seed {request.seed}")  # fmt: skip
 
 
