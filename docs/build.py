@@ -102,8 +102,8 @@ for gap in fl.flow(fl.read("in.mp4"), "dis"):    # one gap in memory at a time
 ```
 
 `forward_00003.flo` is the flow from frame 3 to frame 4, `backward_00004.flo` the one back. Across a scene cut there is
-no flow: it is zero and marked as unknown. `dis` also serves this verb and is what `auto` takes: none of the networks has
-been trained long enough to be nearer over all. `gma` and `splatflow` ship weights, the others are trained first.
+no flow: it is zero and marked as unknown. `dis` also serves this verb and is what `auto` takes: none of the networks
+has been trained long enough to be nearer over all. `gma` and `splatflow` ship weights, the others are trained first.
 """,
     ),
     "stabilize": (
