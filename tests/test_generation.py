@@ -609,7 +609,9 @@ def test_reused_steps_run_the_outer_blocks_alone_and_the_others_are_untouched(mo
     assert len(inner) == len(plan(10, 0.5)) == 5
     plain = pictures(Direct(), model, steps=10)
     assert not torch.equal(made, plain)
-    assert torch.allclose(pictures(Streamlined(time=1, space=1), model, steps=10), plain, atol=1e-5)
+    # Without guidance, which makes four times of the rounding errors of an untrained network, step after step.
+    whole, sliced = (pictures(way, model, steps=10, guidance=1.0) for way in (Direct(), Streamlined(time=1, space=1)))
+    assert torch.allclose(sliced, whole, atol=1e-5)
 
 
 def test_a_plan_of_full_steps_begins_with_three_and_skips_its_share():
