@@ -327,7 +327,12 @@ def sequence_loss(
 
 
 class RaftCore(nn.Module):
-    """Encoders and correlations, which every method shares; a method adds its update block and its policy."""
+    """Encoders and correlations, which every method shares; a method adds its update block and its policy.
+
+    `multiple`: what the sides of a picture must be divisible by; `least`: the shortest side that it sees anything in.
+    """
+
+    multiple = 8
 
     def __init__(self, config: RaftConfig, stacked: bool = False) -> None:
         super().__init__()
@@ -341,6 +346,10 @@ class RaftCore(nn.Module):
             self.cnet = TwinsEncoder(config, both, stacked)
         if config.attention:
             self.att = Affinity(config.context)
+
+    @property
+    def least(self) -> int:
+        return self.config.least
 
     def features(self, video: Float[Tensor, "b t 3 h w"]) -> Float[Tensor, "b t c h2 w2"]:
         """What is matched, of frames in [0, 1]."""

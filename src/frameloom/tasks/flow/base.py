@@ -26,8 +26,8 @@ from frameloom.video.clip import Clip, Frame, Source
 
 # What a core can train in half an hour. Stride 4: at this budget finer cells are worth more than width.
 SMALL = {
-    "stride": 4, "features": 48, "hidden": 32, "context": 32, "motion": (48, 40, 24, 16, 32), "mask": 64,
-    "radius": 2, "levels": 3, "iterations": 4, "refinements": 6, "context_norm": "instance",
+    "stride": 4, "stem": (16, 24, 32), "features": 48, "hidden": 32, "context": 32, "motion": (48, 40, 24, 16, 32),
+    "mask": 64, "radius": 2, "levels": 3, "iterations": 4, "refinements": 6, "context_norm": "instance",
 }  # fmt: skip
 SMALL_SK = SMALL | {"encoder": "twins", "stem": (48, 48), "heads": (2, 2), "kernels": (1, 7), "cell_kernels": (1, 7)}
 SMALL_CROP, CROP = (64, 96), (432, 960)

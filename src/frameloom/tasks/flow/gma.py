@@ -25,21 +25,15 @@ class Config(RaftConfig):
     attention: bool = True
 
 
-PRESETS = {"tiny": Config(**SMALL | {"stem": (16, 24, 32)}), "paper": Config()}
+PRESETS = {"tiny": Config(**SMALL), "paper": Config()}
 
 
 class GMA(TwoFrame):
     """RAFT whose cells borrow motion from cells that look alike; no history."""
 
-    multiple = 8
-
-    def __init__(self, config: Config) -> None:
-        super().__init__(config)
-        self.least = config.least
-
     @classmethod
     def preset(cls, size: str) -> Config:
-        """`tiny` (a quarter of an hour of a core) or `paper`."""
+        """`tiny` (half an hour of a core) or `paper`."""
         return preset(PRESETS, size, "gma")
 
     @classmethod

@@ -35,15 +35,9 @@ PRESETS = {"tiny": Config(**SMALL_SK), "paper": Config()}
 class SKFlow(TwoFrame):
     """Large-kernel update blocks and aggregation; no history."""
 
-    multiple = 8
-
-    def __init__(self, config: Config) -> None:
-        super().__init__(config)
-        self.least = config.least
-
     @classmethod
     def preset(cls, size: str) -> Config:
-        """`tiny` (a quarter of an hour of a core) or `paper`."""
+        """`tiny` (half an hour of a core) or `paper`."""
         return preset(PRESETS, size, "skflow")
 
     @classmethod

@@ -51,7 +51,7 @@ class Config(RaftConfig):
     frames: int = 3
 
 
-PRESETS = {"tiny": Config(**SMALL, stem=(16, 24, 32), frames=4), "paper": Config()}
+PRESETS = {"tiny": Config(**SMALL, frames=4), "paper": Config()}
 
 
 class State(NamedTuple):
@@ -87,16 +87,13 @@ def aligned(state: State) -> Float[Tensor, "b m h w"]:
 class SplatFlow(RaftCore):
     """GMA with a memory of one pair."""
 
-    multiple = 8
-
     def __init__(self, config: Config) -> None:
         super().__init__(config)
-        self.least = config.least
         self.update = Update(config)
 
     @classmethod
     def preset(cls, size: str) -> Config:
-        """`tiny` (a quarter of an hour of a core) or `paper`."""
+        """`tiny` (half an hour of a core) or `paper`."""
         return preset(PRESETS, size, "splatflow")
 
     @classmethod

@@ -142,16 +142,13 @@ class GroupUpdate(nn.Module):
 class StreamFlow(RaftCore):
     """All flows of a group of frames, refined together."""
 
-    multiple = 8
-
     def __init__(self, config: Config) -> None:
         super().__init__(config, config.stacked)
-        self.least = config.least
         self.update_block = GroupUpdate(config)
 
     @classmethod
     def preset(cls, size: str) -> Config:
-        """`tiny` (a quarter of an hour of a core) or `paper`."""
+        """`tiny` (half an hour of a core) or `paper`."""
         return preset(PRESETS, size, "streamflow")
 
     @classmethod

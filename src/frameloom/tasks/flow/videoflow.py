@@ -114,11 +114,8 @@ def _both_ways(config: Config) -> nn.Module:
 class VideoFlow(RaftCore):
     """Flows of every inner frame of a clip to both of its neighbours."""
 
-    multiple = 8
-
     def __init__(self, config: Config) -> None:
         super().__init__(config)
-        self.least = config.least
         self.update_block = CentreUpdate(config)
 
     @classmethod
