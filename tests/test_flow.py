@@ -1,6 +1,7 @@
 """Optical flow: the engine's exact properties, the policies', the driver's, and the verb."""
 
 import itertools
+from pathlib import Path
 
 import cv2
 import numpy as np
@@ -11,6 +12,7 @@ from typer.testing import CliRunner
 
 import frameloom
 from frameloom.cli.app import app
+from frameloom.diffusion.memory import peak
 from frameloom.errors import InputError
 from frameloom.motion.correlation import CorrPyramid, LazyCorr
 from frameloom.motion.flowio import encode_flow, read_flow
@@ -264,3 +266,67 @@ def test_the_command_says_what_is_wrong_and_leaves_nothing(tmp_path):
     assert len(list(full.glob("*.npz"))) == 10
     assert (full / "flow.mp4").is_file()
     assert not (full / "kept.txt").exists()
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(("kind", "looks", "pairs"), [(StreamFlow, 8, 6), (SplatFlow, 7, 6), (GMA, 12, 6)])
+def test_a_group_costs_one_estimate_a_flow_and_one_look_a_frame(kind, looks, pairs, monkeypatch):
+    # Seven frames are two groups of four that share one: a window that slid by one frame would take 24 looks.
+    model, seen, matched = made(kind), [], []
+    features, correlate = model.features, model.correlate
+    object.__setattr__(model.config, "refinements", 1)
+    monkeypatch.setattr(model, "features", lambda video: (seen.append(video.shape[:2].numel()), features(video))[1])
+    monkeypatch.setattr(model, "correlate", lambda a, b: (matched.append(len(a)), correlate(a, b))[1])
+    assert len(list(model.stream(iter(rand(7, 3, 32, 48))))) == 6
+    assert (sum(seen), sum(matched)) == (looks, pairs)
+
+
+@torch.no_grad()
+def test_a_lone_centre_hears_nothing_and_several_hear_each_other(monkeypatch):
+    model, video = made(VideoFlow), rand(1, 5, 3, 32, 48)
+    three, five = (model(clip, 3, last=True)[0][0] for clip in (video[:, :3], video))
+    zeros = lambda state, flows, centres: (torch.zeros_like(state), torch.zeros_like(state))  # noqa: E731
+    monkeypatch.setattr("frameloom.tasks.flow.videoflow._fetch", zeros)
+    deaf = [model(clip, 3, last=True)[0][0] for clip in (video[:, :3], video)]
+    assert torch.equal(deaf[0], three)
+    assert not torch.equal(deaf[1], five)
+
+
+@torch.no_grad()
+def test_a_stream_of_splatflow_takes_the_same_memory_at_any_length():
+    model = made(SplatFlow)
+    object.__setattr__(model.config, "refinements", 1)
+    frames = rand(4, 3, 32, 48)
+
+    def most(count):
+        return peak(lambda: [None for _ in model.stream(frames[k % 4] for k in range(count))])
+
+    assert most(12) <= 1.01 * most(4)
+
+
+PUBLISHED = {
+    ("videoflow", "paper"): (VideoFlow, {".encoder.convf1.": ".encoder.convf1_.",
+                                         ".init_hidden_state": ".encoder.init_hidden_state"}),
+    ("videoflow", "paper-bof"): (VideoFlow, {".encoder.convf1.": ".encoder.convf1_."}),
+    ("splatflow", "paper"): (SplatFlow, {"_sp.": "_tf.", "update.": "update_block."}),
+    ("streamflow", "paper"): (StreamFlow, {}),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("method", "size"), PUBLISHED)
+def test_tensors_come_in_by_their_published_names(method, size, monkeypatch):
+    kind, renamed = PUBLISHED[method, size]
+    with torch.device("meta"):
+        wanted = kind(kind.preset(size)).state_dict()
+    state = {key: torch.empty_like(value, device="cpu").fill_(number) for number, (key, value)
+             in enumerate(wanted.items())}  # fmt: skip
+    published = {}
+    for key, value in state.items():
+        for here, there in renamed.items():
+            key = key.replace(here, there)
+        published[key] = value
+    published |= {"att.pos_emb.rel_height.weight": torch.zeros(3), "fnet.svt.norm.weight": torch.zeros(3)}
+    monkeypatch.setattr("frameloom.tasks.flow.published.read_state", lambda path: published)
+    monkeypatch.setattr(f"frameloom.tasks.flow.{method}.read_state", lambda path: published, raising=False)
+    model = kind.load_official(Path("a file"))
+    assert all(torch.equal(value, state[key]) for key, value in model.state_dict().items())

@@ -5,6 +5,7 @@ Kroeger, Timofte, Dai, Van Gool. Fast Optical Flow using Dense Inverse Search. E
 
 import cv2
 import numpy as np
+import torch
 from jaxtyping import Float
 from torch import Tensor
 
@@ -45,6 +46,12 @@ def dis_flow(
     if scale != 1:
         flow = cv2.resize(flow, (width, height), interpolation=cv2.INTER_AREA) / scale
     return flow
+
+
+def dis_flows(first: Float[Tensor, "n 3 h w"], second: Float[Tensor, "n 3 h w"]) -> Float[Tensor, "n 2 h w"]:
+    """The flow in pixels of pairs of pictures in [0, 1], down to the finest scale; on the device of the pictures."""
+    found = [dis_flow(grey_pixels(a), grey_pixels(b), finest=0) for a, b in zip(first, second, strict=True)]
+    return torch.from_numpy(np.stack(found)).permute(0, 3, 1, 2).to(first.device)
 
 
 def remap(picture: np.ndarray, flow: np.ndarray, amount: float = 1.0, mode: int = cv2.INTER_CUBIC) -> np.ndarray:

@@ -14,7 +14,7 @@ Kernels", NeurIPS 2022, arXiv 2205.14623.
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -22,6 +22,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
 from frameloom.motion.correlation import CorrPyramid, LazyCorr, correlate
+from frameloom.motion.dis import dis_flows
 from frameloom.motion.twins import Twins
 
 # Longer flows are not learnt from: in the published data sets they are mistakes as often as not.
@@ -35,7 +36,8 @@ class RaftConfig:
     `stem`: widths of the encoder's stages (three for `basic`, two for `twins`), at `stride` pixels a cell. `motion`:
     widths of the motion encoder: correlations first and then, flow first and then, and what comes out. `radius`,
     `levels`: of the correlation lookup. `kernels`, `cell_kernels`: depthwise sizes of SK blocks. `iterations`: in
-    training; `refinements`: in use. `mask_scale` softens the upsampling weights.
+    training; `refinements`: in use. `mask_scale` softens the upsampling weights. `begins`: the flow before the first
+    refinement; the papers begin at zero, but what `dis` finds needs no learning and is mended in minutes.
     """
 
     encoder: Literal["basic", "twins"] = "basic"
@@ -57,6 +59,7 @@ class RaftConfig:
     iterations: int = 12
     refinements: int = 12
     mask_scale: float = 0.25
+    begins: Literal["zero", "dis"] = "zero"
     gamma: float = 0.8
 
     @property
@@ -365,9 +368,22 @@ class RaftCore(nn.Module):
         """The correlations of two feature maps `(b, c, h, w)`."""
         return correlate(first, second, self.config.levels, self.config.radius)
 
-    def upsample(self, flow: Tensor, mask: Tensor) -> Float[Tensor, "b 2 H W"]:
-        """Flow in cells to flow in pixels by the weights of a mask head."""
-        return convex_upsample(flow, self.config.mask_scale * mask, self.config.stride)
+    def guess(self, first: Float[Tensor, "n 3 h w"], second: Float[Tensor, "n 3 h w"]) -> "Guess":
+        """The flow before the first refinement."""
+        stride = self.config.stride
+        fine = torch.zeros_like(first[:, :2]) if self.config.begins == "zero" else dis_flows(first, second)
+        return Guess(fine, F.avg_pool2d(fine, stride) / stride)
+
+    def upsample(self, flow: Tensor, mask: Tensor, guess: "Guess") -> Float[Tensor, "n 2 H W"]:
+        """Flow in cells to flow in pixels: what was changed since the guess, by the weights of a mask head."""
+        return guess.fine + convex_upsample(flow - guess.coarse, self.config.mask_scale * mask, self.config.stride)
+
+
+class Guess(NamedTuple):
+    """A first flow of every pixel, in pixels, and of every cell, in cells."""
+
+    fine: Float[Tensor, "n 2 H W"]
+    coarse: Float[Tensor, "n 2 h w"]
 
 
 class TwoFrame(RaftCore):
@@ -388,7 +404,8 @@ class TwoFrame(RaftCore):
         features = self.features(torch.stack([first, second], 1))
         corr = self.correlate(*features.unbind(1))
         hidden, context, affinity = self.begin(first[:, None])
-        return refine(self, self.update_block, hidden, context, affinity, corr, iterations, last)
+        guess = self.guess(first, second)
+        return refine(self, self.update_block, guess, hidden, context, affinity, corr, iterations, last)
 
     def loss(self, batch: dict[str, Tensor]) -> Float[Tensor, ""]:
         """Sequence loss over all neighbouring pairs of the clips, each on its own.
@@ -413,13 +430,11 @@ class TwoFrame(RaftCore):
 
 
 def refine(
-    core: RaftCore, block: UpdateBlock, hidden: Tensor, context: Tensor, affinity: tuple[Tensor, Tensor] | None,
-    corr: CorrPyramid | LazyCorr, iterations: int | None, last: bool,
+    core: RaftCore, block: UpdateBlock, guess: Guess, hidden: Tensor, context: Tensor,
+    affinity: tuple[Tensor, Tensor] | None, corr: CorrPyramid | LazyCorr, iterations: int | None, last: bool,
 ) -> list[Tensor]:  # fmt: skip
     """RAFT's loop without any history."""
-    start = grid(hidden)
-    flow = torch.zeros_like(start)
-    made = []
+    start, flow, made = grid(hidden), guess.coarse, []
     count = iterations or core.config.refinements
     for number in range(count):
         flow = flow.detach()
@@ -427,5 +442,5 @@ def refine(
         hidden = step(block.gru, hidden, context, *motions)
         flow = flow + block.flow_head(hidden).float()
         if not last or number + 1 == count:
-            made.append(core.upsample(flow, block.mask(hidden)))
+            made.append(core.upsample(flow, block.mask(hidden), guess))
     return made

@@ -8,7 +8,7 @@ where the scene changes and pads and crops the pictures.
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol, runtime_checkable
+from typing import NamedTuple, Protocol, runtime_checkable
 
 import torch
 import torch.nn.functional as F
@@ -21,27 +21,7 @@ from frameloom.motion.cuts import change
 from frameloom.motion.flowio import colours
 from frameloom.progress import Progress, silent
 from frameloom.training.pretrained import load
-from frameloom.training.recipe import Recipe
 from frameloom.video.clip import Clip, Frame, Source
-
-# What a core can train in half an hour. Stride 4: at this budget finer cells are worth more than width.
-SMALL = {
-    "stride": 4, "stem": (16, 24, 32), "features": 48, "hidden": 32, "context": 32, "motion": (48, 40, 24, 16, 32),
-    "mask": 64, "radius": 2, "levels": 3, "iterations": 4, "refinements": 6, "context_norm": "instance",
-}  # fmt: skip
-SMALL_SK = SMALL | {"encoder": "twins", "stem": (48, 48), "heads": (2, 2), "kernels": (1, 7), "cell_kernels": (1, 7)}
-SMALL_CROP, CROP = (64, 96), (432, 960)
-# One budget for all, so that claims compare methods and not patience.
-RECIPE = Recipe(steps=2000, batch_size=3, lr=1e-3, final_lr=1e-5, warmup=150, hold=0.4, weight_decay=1e-5, ema=0.995,
-                bf16=True)  # fmt: skip
-PAPER_RECIPE = Recipe(steps=100_000, batch_size=8, lr=2.5e-4, warmup=5000, weight_decay=1e-4)
-
-
-def preset(presets: dict[str, Any], size: str, method: str) -> Any:
-    """The configuration of a size. Raises InputError for one that there is not."""
-    if size not in presets:
-        raise InputError(f"--size {size}: no such size of {method}; there are {', '.join(presets)}")
-    return presets[size]
 
 
 class Flow(NamedTuple):

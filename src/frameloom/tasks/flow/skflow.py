@@ -12,13 +12,9 @@ NeurIPS 2022, arXiv 2205.14623.
 """
 
 from dataclasses import dataclass
-from pathlib import Path
 
 from frameloom.motion.raft import RaftConfig, TwoFrame
-from frameloom.tasks.flow.base import CROP, PAPER_RECIPE, RECIPE, SMALL_CROP, SMALL_SK, preset
-from frameloom.tasks.flow.data import FlowBatches, batches
-from frameloom.tasks.flow.published import fill
-from frameloom.training.recipe import Recipe
+from frameloom.tasks.flow.learned import SMALL_SK, Learned
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,27 +28,7 @@ class Config(RaftConfig):
 PRESETS = {"tiny": Config(**SMALL_SK), "paper": Config()}
 
 
-class SKFlow(TwoFrame):
+class SKFlow(Learned, TwoFrame):
     """Large-kernel update blocks and aggregation; no history."""
 
-    @classmethod
-    def preset(cls, size: str) -> Config:
-        """`tiny` (half an hour of a core) or `paper`."""
-        return preset(PRESETS, size, "skflow")
-
-    @classmethod
-    def recipe(cls, size: str) -> Recipe:
-        """How a size is trained."""
-        cls.preset(size)
-        return RECIPE if size == "tiny" else PAPER_RECIPE
-
-    @classmethod
-    def dataset(cls, source: str, size: str, seed: int) -> FlowBatches:
-        """Pairs of `source`; of the world three a clip, as the methods with a history see them."""
-        frames = 2 if source.startswith(("chairs", "kitti")) else 4
-        return batches(source, frames, SMALL_CROP if size == "tiny" else CROP, seed)
-
-    @classmethod
-    def load_official(cls, path: Path) -> "SKFlow":
-        """The network of a published checkpoint. Raises InputError for another method's or size's."""
-        return fill(cls(PRESETS["paper"]), "skflow", path)
+    id, presets = "skflow", PRESETS

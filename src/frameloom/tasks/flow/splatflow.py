@@ -16,7 +16,6 @@ import logging
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from itertools import pairwise
-from pathlib import Path
 from typing import NamedTuple
 
 import torch
@@ -35,10 +34,8 @@ from frameloom.motion.raft import (
     step,
 )
 from frameloom.motion.warp import forward_splat
-from frameloom.tasks.flow.base import CROP, PAPER_RECIPE, RECIPE, SMALL, SMALL_CROP, preset
-from frameloom.tasks.flow.data import FlowBatches, batches
-from frameloom.tasks.flow.published import fill, plain
-from frameloom.training.recipe import Recipe
+from frameloom.tasks.flow.learned import SMALL, Learned
+from frameloom.tasks.flow.published import plain
 
 log = logging.getLogger("frameloom")
 
@@ -55,10 +52,13 @@ PRESETS = {"tiny": Config(**SMALL, frames=4), "paper": Config()}
 
 
 class State(NamedTuple):
-    """What one pair leaves to the next: motion feature `(b, m, h, w)` and flow `(b, 2, h, w)`, both in cells."""
+    """What one pair leaves to the next: motion feature and flow, in cells, and what is matched of its second frame,
+    which is the next pair's first (None: read again).
+    """
 
     motion: Float[Tensor, "b m h w"]
     flow: Float[Tensor, "b 2 h w"]
+    features: Float[Tensor, "b c h w"] | None = None
 
 
 class Update(UpdateBlock):
@@ -84,41 +84,30 @@ def aligned(state: State) -> Float[Tensor, "b m h w"]:
     return moved.to(state.motion.dtype)
 
 
-class SplatFlow(RaftCore):
+class SplatFlow(Learned, RaftCore):
     """GMA with a memory of one pair."""
+
+    id, presets = "splatflow", PRESETS
 
     def __init__(self, config: Config) -> None:
         super().__init__(config)
         self.update = Update(config)
-
-    @classmethod
-    def preset(cls, size: str) -> Config:
-        """`tiny` (half an hour of a core) or `paper`."""
-        return preset(PRESETS, size, "splatflow")
-
-    @classmethod
-    def recipe(cls, size: str) -> Recipe:
-        """How a size is trained."""
-        cls.preset(size)
-        return RECIPE if size == "tiny" else PAPER_RECIPE
-
-    @classmethod
-    def dataset(cls, source: str, size: str, seed: int) -> FlowBatches:
-        """Short clips of `source`."""
-        return batches(source, cls.preset(size).frames, SMALL_CROP if size == "tiny" else CROP, seed)
 
     def forward(
         self, first: Float[Tensor, "b 3 h w"], second: Float[Tensor, "b 3 h w"], state: State | None = None,
         iterations: int | None = None, last: bool = False,
     ) -> tuple[list[Float[Tensor, "b 2 h w"]], State]:  # fmt: skip
         """The flow of a pair in pixels after every iteration (or the last), and what it leaves to the next pair."""
-        features = self.features(torch.stack([first, second], 1))
-        corr = self.correlate(*features.unbind(1))
+        if state is None or state.features is None:
+            before, after = self.features(torch.stack([first, second], 1)).unbind(1)
+        else:
+            before, after = state.features, self.features(second[:, None])[:, 0]
+        corr = self.correlate(before, after)
         hidden, context, affinity = self.begin(first[:, None])
         gru, head, mask = self.update.decoder(state is not None)
         history = [] if state is None else [aligned(state)]
-        start = grid(hidden)
-        flow, made = torch.zeros_like(start), []
+        guess = self.guess(first, second)
+        start, flow, made = grid(hidden), guess.coarse, []
         count = iterations or self.config.refinements
         for number in range(count):
             flow = flow.detach()
@@ -126,8 +115,8 @@ class SplatFlow(RaftCore):
             hidden = step(gru, hidden, context, *motions, *history)
             flow = flow + head(hidden).float()
             if not last or number + 1 == count:
-                made.append(self.upsample(flow, mask(hidden)))
-        return made, State(motions[0].float(), flow)
+                made.append(self.upsample(flow, mask(hidden), guess))
+        return made, State(motions[0].float(), flow, after)
 
     def loss(self, batch: dict[str, Tensor]) -> Float[Tensor, ""]:
         """Sequence loss over the pairs of clips, chained: the splat is differentiable, later pairs teach earlier ones.
@@ -168,13 +157,8 @@ class SplatFlow(RaftCore):
                 yield flow[0], self.step(frame[None], before[None])[0][0] if backward else None
             before = frame
 
-    @classmethod
-    def load_official(cls, path: Path) -> "SplatFlow":
-        """The network of a published checkpoint. Raises InputError for another method's or size's."""
-        return fill(cls(PRESETS["paper"]), "splatflow", path, _renamed)
-
-
-def _renamed(key: str) -> str | None:
-    """Older files call the second decoder `_tf`."""
-    kept = plain(key.replace("update_block.", "update."))
-    return None if kept is None else kept.replace("_tf.", "_sp.")
+    @staticmethod
+    def renamed(key: str) -> str | None:
+        """Older files call the second decoder `_tf`."""
+        kept = plain(key.replace("update_block.", "update."))
+        return None if kept is None else kept.replace("_tf.", "_sp.")

@@ -37,10 +37,8 @@ from frameloom.motion.raft import (
     step,
 )
 from frameloom.motion.twins import Mlp
-from frameloom.tasks.flow.base import CROP, PAPER_RECIPE, RECIPE, SMALL_CROP, SMALL_SK, preset
-from frameloom.tasks.flow.data import FlowBatches, batches
+from frameloom.tasks.flow.learned import PAPER_RECIPE, SMALL_SK, Learned
 from frameloom.tasks.flow.published import fill, read_state
-from frameloom.training.recipe import Recipe
 
 log = logging.getLogger("frameloom")
 
@@ -139,28 +137,15 @@ class GroupUpdate(nn.Module):
         return hidden, moved.float()
 
 
-class StreamFlow(RaftCore):
+class StreamFlow(Learned, RaftCore):
     """All flows of a group of frames, refined together."""
+
+    id, presets = "streamflow", PRESETS
+    paper_recipe = replace(PAPER_RECIPE, steps=300_000, batch_size=16, lr=6e-4)
 
     def __init__(self, config: Config) -> None:
         super().__init__(config, config.stacked)
         self.update_block = GroupUpdate(config)
-
-    @classmethod
-    def preset(cls, size: str) -> Config:
-        """`tiny` (half an hour of a core) or `paper`."""
-        return preset(PRESETS, size, "streamflow")
-
-    @classmethod
-    def recipe(cls, size: str) -> Recipe:
-        """How a size is trained."""
-        cls.preset(size)
-        return RECIPE if size == "tiny" else replace(PAPER_RECIPE, steps=300_000, batch_size=16, lr=6e-4)
-
-    @classmethod
-    def dataset(cls, source: str, size: str, seed: int) -> FlowBatches:
-        """Groups of frames of `source`."""
-        return batches(source, cls.preset(size).frames, SMALL_CROP if size == "tiny" else CROP, seed)
 
     def forward(
         self, video: Float[Tensor, "b t 3 h w"], iterations: int | None = None, last: bool = False
@@ -170,15 +155,15 @@ class StreamFlow(RaftCore):
         features = self.features(video)
         corr = self.correlate(features[:, :-1].flatten(0, 1), features[:, 1:].flatten(0, 1))
         hidden, context, affinity = self.begin(video[:, :-1])
-        start = grid(hidden)
-        flow, made = torch.zeros_like(start), []
+        guess = self.guess(video[:, :-1].flatten(0, 1), video[:, 1:].flatten(0, 1))
+        start, flow, made = grid(hidden), guess.coarse, []
         count = iterations or self.config.refinements
         for number in range(count):
             flow = flow.detach()
             hidden, moved = self.update_block(hidden, context, affinity, corr(start + flow), flow)
             flow = flow + moved
             if not last or number + 1 == count:
-                made.append(self.upsample(flow, self.update_block.mask(hidden)).unflatten(0, (-1, gaps)))
+                made.append(self.upsample(flow, self.update_block.mask(hidden), guess).unflatten(0, (-1, gaps)))
         return made
 
     def loss(self, batch: dict[str, Tensor]) -> Float[Tensor, ""]:

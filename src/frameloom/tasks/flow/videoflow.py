@@ -15,6 +15,7 @@ arXiv 2303.08340.
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Literal
 
 import torch
@@ -34,9 +35,8 @@ from frameloom.motion.raft import (
     step,
 )
 from frameloom.motion.warp import backward_warp
-from frameloom.tasks.flow.base import CROP, PAPER_RECIPE, RECIPE, SMALL_CROP, SMALL_SK, preset
-from frameloom.tasks.flow.data import FlowBatches, batches
-from frameloom.training.recipe import Recipe
+from frameloom.tasks.flow.learned import SMALL_SK, Learned
+from frameloom.tasks.flow.published import fill, plain, read_state
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -111,28 +111,14 @@ def _both_ways(config: Config) -> nn.Module:
     return SKBlock(config.hidden, 4, config.kernels)
 
 
-class VideoFlow(RaftCore):
+class VideoFlow(Learned, RaftCore):
     """Flows of every inner frame of a clip to both of its neighbours."""
+
+    id, presets = "videoflow", PRESETS
 
     def __init__(self, config: Config) -> None:
         super().__init__(config)
         self.update_block = CentreUpdate(config)
-
-    @classmethod
-    def preset(cls, size: str) -> Config:
-        """`tiny` or `paper` (both MOF), `tiny-bof` or `paper-bof`."""
-        return preset(PRESETS, size, "videoflow")
-
-    @classmethod
-    def recipe(cls, size: str) -> Recipe:
-        """How a size is trained."""
-        cls.preset(size)
-        return RECIPE if size.startswith("tiny") else PAPER_RECIPE
-
-    @classmethod
-    def dataset(cls, source: str, size: str, seed: int) -> FlowBatches:
-        """Clips of `source`, of five frames (BOF: three)."""
-        return batches(source, cls.preset(size).frames, SMALL_CROP if size.startswith("tiny") else CROP, seed)
 
     def forward(
         self, video: Float[Tensor, "b t 3 h w"], iterations: int | None = None, last: bool = False
@@ -140,12 +126,14 @@ class VideoFlow(RaftCore):
         """After every iteration (or the last) the flows of frames 1 to t - 2 of clips in [0, 1]: forward, backward."""
         batch, centres = len(video), video.shape[1] - 2
         features = self.features(video)
-        middle = features[:, 1:-1].flatten(0, 1)
-        ahead = self.correlate(middle, features[:, 2:].flatten(0, 1))
-        behind = self.correlate(middle, features[:, :-2].flatten(0, 1))
+        centre = features[:, 1:-1].flatten(0, 1)
+        ahead = self.correlate(centre, features[:, 2:].flatten(0, 1))
+        behind = self.correlate(centre, features[:, :-2].flatten(0, 1))
         hidden, context, affinity = self.begin(video[:, 1:-1])
         start, block = grid(hidden), self.update_block
-        flows = start.new_zeros(len(hidden), 4, *hidden.shape[-2:])
+        middle, after, before = (part.flatten(0, 1) for part in (video[:, 1:-1], video[:, 2:], video[:, :-2]))
+        guesses = self.guess(middle, after), self.guess(middle, before)
+        flows = torch.cat([guess.coarse for guess in guesses], 1)
         state = None
         if self.config.memory:
             state = block.init_hidden_state[0].expand(len(hidden), -1, *hidden.shape[-2:]).float()
@@ -163,7 +151,8 @@ class VideoFlow(RaftCore):
             masks = block.mask(hidden).chunk(2, 1)
             # The published halves are forward first in MOF and backward first in BOF.
             masks = masks if self.config.variant == "mof" else masks[::-1]
-            fine = [self.upsample(flow, mask) for flow, mask in zip(flows.chunk(2, 1), masks, strict=True)]
+            parts = zip(flows.chunk(2, 1), masks, guesses, strict=True)
+            fine = [self.upsample(flow, mask, guess) for flow, mask, guess in parts]
             made.append(tuple(flow.unflatten(0, (batch, centres)) for flow in fine))
         return made
 
@@ -205,12 +194,16 @@ class VideoFlow(RaftCore):
                 held, base = held[drop:], base + drop
 
     @classmethod
-    def load_official(cls, path):
+    def load_official(cls, path: Path) -> "VideoFlow":
         """The network of a published checkpoint. Raises InputError for another method's or size's."""
-        from frameloom.tasks.flow.published import fill, read_state
-
         size = "paper" if any("init_hidden_state" in key for key in read_state(path)) else "paper-bof"
-        return fill(cls(PRESETS[size]), "videoflow", path)
+        return fill(cls(PRESETS[size]), cls.id, path, cls.renamed)
+
+    @staticmethod
+    def renamed(key: str) -> str | None:
+        """The published motion encoder ends a name in `_` and keeps the first motion state to itself."""
+        kept = plain(key.replace(".encoder.convf1_.", ".encoder.convf1."))
+        return None if kept is None else kept.replace(".encoder.init_hidden_state", ".init_hidden_state")
 
 
 def _fetch(state: Float[Tensor, "n s h w"], flows: Float[Tensor, "n 4 h w"], centres: int) -> tuple[Tensor, Tensor]:

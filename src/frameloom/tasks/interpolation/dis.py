@@ -18,7 +18,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from frameloom.motion.dis import dis_flow, grey_pixels, remap
+from frameloom.motion.dis import dis_flow, dis_flows, grey_pixels, remap
 
 # Pixels of motion up to which a flow is more error than motion; from here to twice this the warps fade in.
 STILL = 0.5
@@ -39,12 +39,9 @@ class DIS:
         """The flow of each gap as a flow method gives it: `(2, h, w)` in pixels, and the one back or None."""
         before = None
         for frame in frames:
-            grey = grey_pixels(frame)
             if before is not None:
-                pairs = [(before, grey), (grey, before)] if backward else [(before, grey)]
-                found = [torch.from_numpy(dis_flow(*pair, finest=0)).permute(2, 0, 1) for pair in pairs]
-                yield found[0], found[1] if backward else None
-            before = grey
+                yield dis_flows(before, frame[None])[0], dis_flows(frame[None], before)[0] if backward else None
+            before = frame[None]
 
     def between(self, frame0: Float[Tensor, "3 h w"], frame1: Float[Tensor, "3 h w"]):
         """The function t -> picture `(3, h, w)`; the flows are estimated once, here."""

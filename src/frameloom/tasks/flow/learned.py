@@ -1,0 +1,69 @@
+"""What every flow network tells the trainer and the loader: its sizes, its recipe, its data, its published files.
+
+The budgets are one for all methods, so that claims compare methods and not patience.
+"""
+
+from pathlib import Path
+from typing import Any, ClassVar
+
+from frameloom.errors import InputError
+from frameloom.motion.raft import RaftConfig, RaftCore
+from frameloom.tasks.flow.data import FlowBatches, batches
+from frameloom.tasks.flow.published import fill, plain
+from frameloom.training.recipe import Recipe
+
+# What a core can train in half an hour. Stride 4: at this budget finer cells are worth more than width.
+SMALL: dict[str, Any] = {
+    "stride": 4, "stem": (16, 24, 32), "features": 48, "hidden": 32, "context": 32, "motion": (48, 40, 24, 16, 32),
+    "mask": 64, "radius": 2, "levels": 3, "iterations": 4, "refinements": 6, "context_norm": "instance",
+    "begins": "dis",
+}  # fmt: skip
+SMALL_SK = SMALL | {"encoder": "twins", "stem": (48, 48), "heads": (2, 2), "kernels": (1, 7), "cell_kernels": (1, 7)}
+RECIPE = Recipe(steps=2000, batch_size=3, lr=1.2e-3, final_lr=1e-5, warmup=150, hold=0.4, weight_decay=1e-5, ema=0.995,
+                bf16=True)  # fmt: skip
+PAPER_RECIPE = Recipe(steps=100_000, batch_size=8, lr=2.5e-4, warmup=5000, weight_decay=1e-4)
+SMALL_CROP, CROP = (64, 96), (432, 960)
+
+
+class Learned:
+    """A network with sizes. A method says its `id`, its `presets` and, where they differ, the rest."""
+
+    id: ClassVar[str]
+    presets: ClassVar[dict[str, RaftConfig]]
+    paper_recipe: ClassVar[Recipe] = PAPER_RECIPE
+
+    @classmethod
+    def preset(cls, size: str) -> RaftConfig:
+        """The configuration of a size: `tiny` (half an hour of a core), `paper`, or one that the method adds.
+
+        Raises InputError for one that there is not.
+        """
+        if size not in cls.presets:
+            raise InputError(f"--size {size}: no such size of {cls.id}; there are {', '.join(cls.presets)}")
+        return cls.presets[size]
+
+    @classmethod
+    def recipe(cls, size: str) -> Recipe:
+        """How a size is trained."""
+        cls.preset(size)
+        return RECIPE if size.startswith("tiny") else cls.paper_recipe
+
+    @classmethod
+    def dataset(cls, source: str, size: str, seed: int) -> FlowBatches:
+        """Clips of `source`, as long as the configuration says; for two frames at a time, of several pairs.
+
+        Raises InputError for a source that there is not; see `frameloom.tasks.flow.data.batches`.
+        """
+        pairs = 2 if source.startswith(("chairs", "kitti")) else 4
+        frames = getattr(cls.preset(size), "frames", pairs)
+        return batches(source, frames, SMALL_CROP if size.startswith("tiny") else CROP, seed)
+
+    @classmethod
+    def load_official(cls, path: Path) -> RaftCore:
+        """The network of a published checkpoint. Raises InputError for another method's or size's."""
+        return fill(cls(cls.presets["paper"]), cls.id, path, cls.renamed)
+
+    @staticmethod
+    def renamed(key: str) -> str | None:
+        """The name here of a published tensor; None for what the network never uses."""
+        return plain(key)
