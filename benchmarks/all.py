@@ -21,12 +21,14 @@ def main() -> None:
     run("compression")
     run("generation")
     run("diffusion")
+    run("motion")
     folder = Path(sys.argv[1]) if len(sys.argv) > 1 else None
     clips = sorted(str(path) for path in folder.glob("*.mp4")) if folder and folder.is_dir() else []
     if not clips:
         print("\nno folder of clips: the benchmarks on real footage are left out")
         return
     run("interpolation", *clips, "--methods", "blend,dis-plain,minterpolate,dis,vfimamba")
+    run("motion", *clips)
     run("stabilization", *clips)
     for clip in clips:
         run("passthrough", clip)

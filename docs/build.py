@@ -232,7 +232,7 @@ def methods_table(chosen: list[Card]) -> str:
         paper += f", [arXiv {card.arxiv}](https://arxiv.org/abs/{card.arxiv})" if card.arxiv else ""
         ships = f"weights, {card.weights.parameters:,} parameters" if card.weights else "no weights needed"
         if card.sizes and not card.weights:
-            ships = "fitted to each video"
+            ships = "fitted to each video" if card.verb == "compress" else "nothing yet: train it, or `--weights`"
         name = f"`{card.id}`" + (" (auto)" if card.auto else "")
         rows.append(f"| {name} | {paper} | {ships} | {card.summary} |")
     return "\n".join(rows)

@@ -1,6 +1,8 @@
 """Optical flow: the engine's exact properties, the policies', the driver's, and the verb."""
 
 import itertools
+from dataclasses import replace
+from fractions import Fraction
 from pathlib import Path
 
 import cv2
@@ -25,12 +27,18 @@ from frameloom.tasks.flow.splatflow import SplatFlow, State, aligned
 from frameloom.tasks.flow.streamflow import StreamFlow
 from frameloom.tasks.flow.videoflow import VideoFlow
 from frameloom.tasks.interpolation.dis import DIS
-from frameloom.video.clip import Clip
+from frameloom.video.clip import Clip, TensorSource
 from media import make, moving
 
 
 def rand(*shape, seed=0):
     return torch.rand(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+def scene(frames, height, width):
+    """A video (1, t, 3, h, w) of one picture that moves by a pixel a frame: no cut in it."""
+    picture = torch.nn.functional.interpolate(rand(1, 3, 7, 9), (height, width + frames), mode="bicubic").clamp(0, 1)
+    return torch.stack([picture[0, :, :, k : k + width] for k in range(frames)])[None]
 
 
 def made(kind, size="tiny"):
@@ -113,8 +121,9 @@ def test_every_gap_has_a_flow_each_way(method, frames):
     model = method() if method is DIS else made(method)
     if method is not DIS:
         object.__setattr__(model.config, "refinements", 1)
-    found = estimate(model, rand(1, frames, 3, 34, 45), backward=True)
+    found = estimate(model, scene(frames, 34, 45), backward=True)
     assert found.fwd.shape == found.bwd.shape == (1, frames - 1, 2, 34, 45)
+    assert found.valid.all()
 
 
 @torch.no_grad()
@@ -330,3 +339,30 @@ def test_tensors_come_in_by_their_published_names(method, size, monkeypatch):
     monkeypatch.setattr(f"frameloom.tasks.flow.{method}.read_state", lambda path: published, raising=False)
     model = kind.load_official(Path("a file"))
     assert all(torch.equal(value, state[key]) for key, value in model.state_dict().items())
+
+
+class Stuttering(TensorSource):
+    """Frames at given instants."""
+
+    def __init__(self, video, instants):
+        super().__init__(video, Fraction(8), "clip")
+        self.info, self.instants = replace(self.info, regular=False), instants
+
+    def times(self):
+        return self.instants
+
+
+def test_steps_of_unlike_length_are_noted(caplog):
+    video, name = rand(4, 3, 32, 48), "frames are 100 to 200 ms apart"
+    for instants, noted in (((0, 1, 2, 4), True), ((0, 1, 2, 3), False)):
+        caplog.clear()
+        frameloom.flow(Clip(Stuttering(video, [Fraction(k, 10) for k in instants])), "dis")
+        assert (name in caplog.text) == noted
+
+
+@torch.no_grad()
+def test_two_frames_are_too_few_for_videoflow_and_it_says_what_it_does(caplog):
+    model = made(VideoFlow)
+    object.__setattr__(model.config, "refinements", 1)
+    assert estimate(model, scene(2, 32, 48)).fwd.shape == (1, 1, 2, 32, 48)
+    assert "both ends are mirrored" in caplog.text

@@ -5,8 +5,10 @@ as soon as it can; how many frames it holds meanwhile is its own affair. The dri
 where the scene changes and pads and crops the pictures.
 """
 
+import logging
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
+from itertools import pairwise
 from pathlib import Path
 from typing import NamedTuple, Protocol, runtime_checkable
 
@@ -22,6 +24,8 @@ from frameloom.motion.flowio import colours
 from frameloom.progress import Progress, silent
 from frameloom.training.pretrained import load
 from frameloom.video.clip import Clip, Frame, Source
+
+log = logging.getLogger("frameloom")
 
 
 class Flow(NamedTuple):
@@ -149,7 +153,22 @@ def flow(
     if isinstance(made, torch.nn.Module) and made.least > 2 * min(clip.info.width, clip.info.height):
         raise InputError(f"{clip.info.name}: {clip.info.width}x{clip.info.height} is too small for {name}; "
                          f"sides of {made.least} or more are wanted")  # fmt: skip
+    gap = spread(clip)
+    if gap is not None:
+        log.warning("%s: frames are %d to %d ms apart; a flow is the motion of one such step, not of a fixed time",
+                    clip.info.name, *(round(1000 * side) for side in gap))  # fmt: skip
     return FlowClip(clip, made, bidirectional, device)
+
+
+def spread(clip: Clip) -> tuple[float, float] | None:
+    """The shortest and the longest step between frames in seconds where they differ by more than a twentieth and by
+    more than the millisecond to which containers round; else None.
+    """
+    if clip.info.regular:
+        return None
+    steps = [float(after - before) for before, after in pairwise(clip.source.times())]
+    uneven = max(steps) - min(steps) > max(0.05 * min(steps), 0.0011)
+    return (min(steps), max(steps)) if uneven else None
 
 
 @dataclass(frozen=True)

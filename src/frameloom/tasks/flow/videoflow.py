@@ -13,6 +13,7 @@ Hongsheng Li, "VideoFlow: Exploiting Temporal Cues for Multi-frame Optical Flow 
 arXiv 2303.08340.
 """
 
+import logging
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -35,8 +36,10 @@ from frameloom.motion.raft import (
     step,
 )
 from frameloom.motion.warp import backward_warp
-from frameloom.tasks.flow.learned import SMALL_SK, Learned
+from frameloom.tasks.flow.learned import RECIPE_SK, SMALL_SK, Learned
 from frameloom.tasks.flow.published import fill, plain, read_state
+
+log = logging.getLogger("frameloom")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -114,7 +117,7 @@ def _both_ways(config: Config) -> nn.Module:
 class VideoFlow(Learned, RaftCore):
     """Flows of every inner frame of a clip to both of its neighbours."""
 
-    id, presets = "videoflow", PRESETS
+    id, presets, tiny_recipe = "videoflow", PRESETS, RECIPE_SK
 
     def __init__(self, config: Config) -> None:
         super().__init__(config)
@@ -219,6 +222,7 @@ def _fetch(state: Float[Tensor, "n s h w"], flows: Float[Tensor, "n 4 h w"], cen
 def _mirrored(frames: Iterable[Tensor]) -> Iterator[tuple[Tensor, bool]]:
     """Frames 1, 0, 1, ..., t - 1, t - 2, and whether each is the last."""
     before: list[Tensor] = []
+    number = 0
     for number, frame in enumerate(frames):
         if number == 1:
             yield frame, False
@@ -227,4 +231,6 @@ def _mirrored(frames: Iterable[Tensor]) -> Iterator[tuple[Tensor, bool]]:
             yield frame, False
         before = [*before[-1:], frame]
     if len(before) == 2:
+        if number == 1:
+            log.warning("videoflow looks at three frames and there are two: both ends are mirrored")
         yield before[0], True
