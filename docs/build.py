@@ -136,6 +136,11 @@ The path of a camera flight through the synthetic world, shaken by a known hand 
 shake, blue: `fast-stab`):
 
 ![Horizontal, vertical and turning motion over time](../pictures/steady-path.png)
+
+The mean of 32 frames of a photograph in an unsteady hand, as recorded, by `similarity` and by `fast-stab`; what stands
+still stays sharp:
+
+![Three mean pictures, the first blurred](../pictures/steady-mean.png)
 """,
     ),
     "live": (
@@ -329,7 +334,46 @@ def pictures() -> None:
     small = [cv2.resize(picture, (288, 162), interpolation=cv2.INTER_AREA) for picture in made]
     cv2.imwrite(str(folder / "slow-motion.png"), np.concatenate(small, 1), save)
     cv2.imwrite(str(folder / "steady-path.png"), steady_path(), save)
+    cv2.imwrite(str(folder / "steady-mean.png"), steady_means(), save)
+    cv2.imwrite(str(folder / "flow-methods.png"), flow_panels(), save)
     cv2.imwrite(str(folder / "strip.png"), np.concatenate([made[0], made[2], flow, world], 1)[::2, ::2], save)
+
+
+def flow_panels():
+    """A frame of a held-out world scene, its true flow, that of dis, and that of splatflow."""
+    import numpy as np
+
+    from frameloom.claims.flow import held_out
+    from frameloom.motion.dis import pixels
+    from frameloom.motion.flowio import colours
+    from frameloom.tasks.flow import estimate
+    from frameloom.training import load
+
+    scenes = held_out(0, clips=2)
+    video, gap = scenes["rgb"][1:2].clone(), 3
+    panels = [video[0, gap], colours(scenes["flow"][1, gap], 8)]
+    panels += [colours(estimate(load(name), video).fwd[0, gap], 8) for name in ("dis", "splatflow")]
+    joined = np.concatenate([pixels(panel)[..., ::-1] for panel in panels], 1)
+    return joined.repeat(3, 0).repeat(3, 1)
+
+
+def steady_means():
+    """The mean of 32 frames of a photograph in an unsteady hand: as recorded, by similarity, by fast-stab."""
+    import cv2
+    import numpy as np
+    import torch
+    from skimage.data import astronaut
+
+    from frameloom.claims.fast_stab import hand, steadied, view
+    from frameloom.motion.dis import pixels
+    from frameloom.training import load
+
+    size, rate = (256, 384), 24
+    photo = cv2.resize(astronaut()[:, :, :], (560, 560), interpolation=cv2.INTER_AREA)[60:440]
+    wide = torch.from_numpy(photo).permute(2, 0, 1).float() / 255
+    video = torch.stack([view(wide, s, size) for s in hand(32, rate, size[1], 0)])
+    shown = [video, *(steadied(video, load(name), rate)[0] for name in ("similarity", "fast-stab"))]
+    return np.concatenate([pixels(frames.mean(0))[..., ::-1] for frames in shown], 1)
 
 
 def steady_path():

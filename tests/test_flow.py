@@ -18,10 +18,11 @@ from frameloom.diffusion.memory import peak
 from frameloom.errors import InputError
 from frameloom.motion.correlation import CorrPyramid, LazyCorr
 from frameloom.motion.flowio import encode_flow, read_flow
+from frameloom.motion.raft import sequence_loss
 from frameloom.motion.twins import Twins
 from frameloom.motion.warp import forward_splat
 from frameloom.tasks.flow.base import estimate
-from frameloom.tasks.flow.data import batches
+from frameloom.tasks.flow.data import FlowBatches, batches
 from frameloom.tasks.flow.gma import GMA
 from frameloom.tasks.flow.splatflow import SplatFlow, State, aligned
 from frameloom.tasks.flow.streamflow import StreamFlow
@@ -366,3 +367,39 @@ def test_two_frames_are_too_few_for_videoflow_and_it_says_what_it_does(caplog):
     object.__setattr__(model.config, "refinements", 1)
     assert estimate(model, scene(2, 32, 48)).fwd.shape == (1, 1, 2, 32, 48)
     assert "both ends are mirrored" in caplog.text
+
+
+class OneClip:
+    """A picture that moves by four pixels to the right, with its flows."""
+
+    def __len__(self):
+        return 1
+
+    def __getitem__(self, index):
+        flow = torch.zeros(1, 2, 16, 16)
+        flow[:, 0] = 4
+        known = torch.ones(1, 16, 16, dtype=torch.bool)
+        return {"video": rand(2, 3, 16, 16), "flow": flow, "backward": -flow, "valid": known, "backward_valid": known}
+
+
+def test_a_batch_says_what_leaves_the_picture():
+    batch = FlowBatches(OneClip(), 2, (16, 16), 0).batch(list(range(8)), 0.0)
+    moves = batch["flow"].flatten(1).any(1)
+    assert moves.sum() >= 6  # now and then a clip stands still
+    for name in ("hidden", "backward_hidden"):
+        assert batch[name][moves].float().mean() == 0.25
+        assert not batch[name][~moves].any()
+
+
+def test_hidden_pixels_weigh_more_and_unlabelled_ones_nothing():
+    config = GMA.preset("tiny")
+    truth, valid, hidden = torch.zeros(1, 1, 2, 2, 2), torch.ones(1, 1, 2, 2).bool(), torch.zeros(1, 1, 2, 2).bool()
+    estimate_one = truth + 1
+    plain = sequence_loss([estimate_one], truth, valid, hidden, config)
+    hidden[..., 0, 0] = True
+    stressed = sequence_loss([estimate_one], truth, valid, hidden, config)
+    assert float(stressed / plain) == pytest.approx((3 + 1 + config.stress) / 4)
+    valid[..., 0, 0] = False
+    assert float(sequence_loss([estimate_one], truth, valid, hidden, config)) == pytest.approx(0.75)
+    twice = sequence_loss([estimate_one, truth], truth, valid, hidden, config)
+    assert float(twice) == pytest.approx(0.75 * config.gamma)

@@ -37,7 +37,8 @@ class RaftConfig:
     widths of the motion encoder: correlations first and then, flow first and then, and what comes out. `radius`,
     `levels`: of the correlation lookup. `kernels`, `cell_kernels`: depthwise sizes of SK blocks. `iterations`: in
     training; `refinements`: in use. `mask_scale` softens the upsampling weights. `begins`: the flow before the first
-    refinement; the papers begin at zero, but what `dis` finds needs no learning and is mended in minutes.
+    refinement; the papers begin at zero, but what `dis` finds needs no learning and is mended in minutes. `stress`: how
+    much more a pixel counts in training that the next frame hides; they are few, and methods differ in nothing else.
     """
 
     encoder: Literal["basic", "twins"] = "basic"
@@ -60,6 +61,7 @@ class RaftConfig:
     refinements: int = 12
     mask_scale: float = 0.25
     begins: Literal["zero", "dis"] = "zero"
+    stress: float = 0.0
     gamma: float = 0.8
 
     @property
@@ -317,15 +319,20 @@ def sequence_loss(
     estimates: Sequence[Float[Tensor, "b s 2 h w"]],
     truth: Float[Tensor, "b s 2 h w"],
     valid: Bool[Tensor, "b s h w"],
-    gamma: float = 0.8,
+    hidden: Bool[Tensor, "b s h w"],
+    config: RaftConfig,
 ) -> Float[Tensor, ""]:
-    """sum_k gamma^(n - 1 - k) mean |estimate_k - truth| over pixels that are valid and no longer than 400."""
-    good = (valid & (torch.linalg.vector_norm(truth, dim=2) < LONGEST))[:, :, None].float()
+    """sum_k gamma^(n - 1 - k) mean w |estimate_k - truth| over pixels that are valid and no longer than 400.
+
+    w is 1, and 1 + stress where the other frame hides the pixel.
+    """
+    good = (valid & (torch.linalg.vector_norm(truth, dim=2) < LONGEST)).float()
+    good = (good * (1 + config.stress * hidden))[:, :, None]
     truth = torch.nan_to_num(truth)
     total = truth.new_zeros(())
     for number, estimate in enumerate(estimates):
         error = (estimate.float() - truth).abs() * good
-        total = total + gamma ** (len(estimates) - 1 - number) * error.mean()
+        total = total + config.gamma ** (len(estimates) - 1 - number) * error.mean()
     return total
 
 
@@ -410,12 +417,12 @@ class TwoFrame(RaftCore):
     def loss(self, batch: dict[str, Tensor]) -> Float[Tensor, ""]:
         """Sequence loss over all neighbouring pairs of the clips, each on its own.
 
-        `batch`: `video` (b, t, 3, h, w) in [0, 1], `flow` (b, t-1, 2, h, w), `valid` (b, t-1, h, w).
+        `batch`: `video` (b, t, 3, h, w) in [0, 1], `flow` (b, t-1, 2, h, w), `valid` and `hidden` (b, t-1, h, w).
         """
         video = batch["video"]
         pairs = video[:, :-1].flatten(0, 1), video[:, 1:].flatten(0, 1)
         estimates = [flow.unflatten(0, (len(video), -1)) for flow in self(*pairs, self.config.iterations)]
-        return sequence_loss(estimates, batch["flow"], batch["valid"], self.config.gamma)
+        return sequence_loss(estimates, batch["flow"], batch["valid"], batch["hidden"], self.config)
 
     def stream(
         self, frames: Iterable[Float[Tensor, "3 h w"]], backward: bool = False

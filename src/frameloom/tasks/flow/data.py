@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from frameloom.errors import InputError
+from frameloom.motion.consistency import occlusion
 from frameloom.motion.flowio import read_flow, read_kitti_png
 from frameloom.world.captions import cache_folder, keep
 from frameloom.world.dataset import WorldDataset
@@ -184,7 +185,9 @@ class FlowBatches:
         self.clips, self.frames, self.crop, self.seed = clips, frames, crop, seed
 
     def batch(self, indices: list[int], progress: float) -> dict[str, Tensor]:
-        """Crops stacked; shapes as in the module's docstring with a leading dimension b."""
+        """Crops stacked; shapes as in the module's docstring with a leading dimension b, and two masks more: `hidden`
+        and `backward_hidden` `(b, t-1, h, w)`, the pixels that the other frame does not show.
+        """
         made = [self._example(np.random.default_rng([self.seed, index])) for index in indices]
         return {name: torch.stack([example[name] for example in made]) for name in made[0]}
 
@@ -208,7 +211,14 @@ class FlowBatches:
             clip["flow"], clip["backward"] = torch.zeros_like(clip["flow"]), torch.zeros_like(clip["flow"])
             clip["valid"] = clip["backward_valid"] = torch.ones_like(clip["valid"])
         clip["video"] = _recorded(clip["video"], rng)
+        clip["hidden"] = _hidden(clip["flow"], clip["backward"], clip["backward_valid"])
+        clip["backward_hidden"] = _hidden(clip["backward"], clip["flow"], clip["valid"])
         return clip
+
+
+def _hidden(flow: Tensor, back: Tensor, known: Tensor) -> Tensor:
+    """Which pixels the other frame does not show; none where a gap has no flow back."""
+    return occlusion(flow, back)[:, 0] & known.flatten(1).any(1)[:, None, None]
 
 
 def _cropped(clip: dict[str, Tensor], crop: tuple[int, int], rng: np.random.Generator) -> dict[str, Tensor]:

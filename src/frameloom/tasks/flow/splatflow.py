@@ -121,14 +121,14 @@ class SplatFlow(Learned, RaftCore):
     def loss(self, batch: dict[str, Tensor]) -> Float[Tensor, ""]:
         """Sequence loss over the pairs of clips, chained: the splat is differentiable, later pairs teach earlier ones.
 
-        `batch`: `video` (b, t, 3, h, w) in [0, 1], `flow` (b, t-1, 2, h, w), `valid` (b, t-1, h, w).
+        `batch`: `video` (b, t, 3, h, w) in [0, 1], `flow` (b, t-1, 2, h, w), `valid` and `hidden` (b, t-1, h, w).
         """
         frames, state, made = batch["video"].unbind(1), None, []
         for first, second in pairwise(frames):
             estimates, state = self(first, second, state, self.config.iterations)
             made.append(estimates)
         chained = [torch.stack(row, 1) for row in zip(*made, strict=True)]
-        return sequence_loss(chained, batch["flow"], batch["valid"], self.config.gamma)
+        return sequence_loss(chained, batch["flow"], batch["valid"], batch["hidden"], self.config)
 
     @torch.inference_mode()
     def step(

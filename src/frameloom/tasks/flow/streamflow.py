@@ -37,7 +37,7 @@ from frameloom.motion.raft import (
     step,
 )
 from frameloom.motion.twins import Mlp
-from frameloom.tasks.flow.learned import PAPER_RECIPE, RECIPE_SK, SMALL_SK, Learned
+from frameloom.tasks.flow.learned import PAPER_RECIPE, SMALL_SK, Learned
 from frameloom.tasks.flow.published import fill, read_state
 
 log = logging.getLogger("frameloom")
@@ -140,7 +140,7 @@ class GroupUpdate(nn.Module):
 class StreamFlow(Learned, RaftCore):
     """All flows of a group of frames, refined together."""
 
-    id, presets, tiny_recipe = "streamflow", PRESETS, RECIPE_SK
+    id, presets = "streamflow", PRESETS
     paper_recipe = replace(PAPER_RECIPE, steps=300_000, batch_size=16, lr=6e-4)
 
     def __init__(self, config: Config) -> None:
@@ -169,10 +169,10 @@ class StreamFlow(Learned, RaftCore):
     def loss(self, batch: dict[str, Tensor]) -> Float[Tensor, ""]:
         """Sequence loss over all gaps of the groups.
 
-        `batch`: `video` (b, t, 3, h, w) in [0, 1], `flow` (b, t-1, 2, h, w), `valid` (b, t-1, h, w).
+        `batch`: `video` (b, t, 3, h, w) in [0, 1], `flow` (b, t-1, 2, h, w), `valid` and `hidden` (b, t-1, h, w).
         """
         estimates = self(batch["video"], self.config.iterations)
-        return sequence_loss(estimates, batch["flow"], batch["valid"], self.config.gamma)
+        return sequence_loss(estimates, batch["flow"], batch["valid"], batch["hidden"], self.config)
 
     def stream(
         self, frames: Iterable[Float[Tensor, "3 h w"]], backward: bool = False

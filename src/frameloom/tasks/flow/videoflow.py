@@ -36,7 +36,7 @@ from frameloom.motion.raft import (
     step,
 )
 from frameloom.motion.warp import backward_warp
-from frameloom.tasks.flow.learned import RECIPE_SK, SMALL_SK, Learned
+from frameloom.tasks.flow.learned import SMALL_SK, Learned
 from frameloom.tasks.flow.published import fill, plain, read_state
 
 log = logging.getLogger("frameloom")
@@ -117,7 +117,7 @@ def _both_ways(config: Config) -> nn.Module:
 class VideoFlow(Learned, RaftCore):
     """Flows of every inner frame of a clip to both of its neighbours."""
 
-    id, presets, tiny_recipe = "videoflow", PRESETS, RECIPE_SK
+    id, presets = "videoflow", PRESETS
 
     def __init__(self, config: Config) -> None:
         super().__init__(config)
@@ -162,13 +162,14 @@ class VideoFlow(Learned, RaftCore):
     def loss(self, batch: dict[str, Tensor]) -> Float[Tensor, ""]:
         """Sequence loss over the flows of all centres, both ways.
 
-        `batch`: `video` (b, t, 3, h, w) in [0, 1]; `flow`, `backward` (b, t-1, 2, h, w); `valid`, `backward_valid`
-        (b, t-1, h, w).
+        `batch`: `video` (b, t, 3, h, w) in [0, 1]; `flow`, `backward` (b, t-1, 2, h, w); `valid`, `backward_valid`,
+        `hidden`, `backward_hidden` (b, t-1, h, w).
         """
         estimates = [torch.cat(both, 1) for both in self(batch["video"], self.config.iterations)]
         truth = torch.cat([batch["flow"][:, 1:], batch["backward"][:, :-1]], 1)
         valid = torch.cat([batch["valid"][:, 1:], batch["backward_valid"][:, :-1]], 1)
-        return sequence_loss(estimates, truth, valid, self.config.gamma)
+        hidden = torch.cat([batch["hidden"][:, 1:], batch["backward_hidden"][:, :-1]], 1)
+        return sequence_loss(estimates, truth, valid, hidden, self.config)
 
     def stream(
         self, frames: Iterable[Float[Tensor, "3 h w"]], backward: bool = False
