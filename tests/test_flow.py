@@ -22,7 +22,7 @@ from frameloom.motion.raft import sequence_loss
 from frameloom.motion.twins import Twins
 from frameloom.motion.warp import forward_splat
 from frameloom.tasks.flow.base import estimate
-from frameloom.tasks.flow.data import FlowBatches, batches
+from frameloom.tasks.flow.data import Files, FlowBatches, batches
 from frameloom.tasks.flow.gma import GMA
 from frameloom.tasks.flow.splatflow import SplatFlow, State, aligned
 from frameloom.tasks.flow.streamflow import StreamFlow
@@ -369,7 +369,7 @@ def test_two_frames_are_too_few_for_videoflow_and_it_says_what_it_does(caplog):
     assert "both ends are mirrored" in caplog.text
 
 
-class OneClip:
+class OneClip(Files):
     """A picture that moves by four pixels to the right, with its flows."""
 
     def __len__(self):
@@ -383,7 +383,7 @@ class OneClip:
 
 
 def test_a_batch_says_what_leaves_the_picture():
-    batch = FlowBatches(OneClip(), 2, (16, 16), 0).batch(list(range(8)), 0.0)
+    batch = FlowBatches(OneClip([]), 2, (16, 16), 0).batch(list(range(8)), 0.0)
     moves = batch["flow"].flatten(1).any(1)
     assert moves.sum() >= 6  # now and then a clip stands still
     for name in ("hidden", "backward_hidden"):
