@@ -38,9 +38,11 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from frameloom.diffusion.cond import Cond
+from frameloom.diffusion.context import Ctx
 from frameloom.diffusion.denoiser import Latent, Plain
 from frameloom.diffusion.paths import VP, Path, SteppedBridge
-from frameloom.diffusion.run import sample
+from frameloom.diffusion.predict import Prediction
+from frameloom.diffusion.run import Edit, sample
 from frameloom.diffusion.step import Fresh, Grids, Universal
 from frameloom.errors import InputError
 from frameloom.motion.dis import flows_both_ways, warped_pair
@@ -50,6 +52,7 @@ from frameloom.training.recipe import Recipe
 
 LEAST = 64
 STEPS = 50
+BOUND = 2.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -94,7 +97,7 @@ PRESETS = {
     "paper": Config(widths=(64, 128, 128, 128, 256), unet=(128, 256, 512), blocks=2, window=8, head=32, codes=16384),
 }  # fmt: skip
 RECIPES = {
-    "tiny": Recipe(steps=3000, batch_size=4, lr=1e-3, final_lr=2e-5, weight_decay=1e-4, ema=0.998, bf16=True,
+    "tiny": Recipe(steps=2400, batch_size=4, lr=1e-3, final_lr=2e-5, weight_decay=1e-4, ema=0.998, bf16=True,
                    channels_last=True),
     # The published rate; as many steps as 100 passes over the 51,312 triplets of Vimeo-90K.
     "paper": Recipe(steps=80_000, batch_size=64, lr=1e-4, final_lr=5e-7, warmup=1000, ema=0.995, bf16=True),
@@ -177,7 +180,7 @@ class WindowAttention(nn.Module):
 
 
 class Encoder(nn.Module):
-    """A picture in [0, 1] to its latent in (-2, 2), at 1/stride of the size, and the features of every level."""
+    """A picture in [0, 1] to its latent within `BOUND`, at 1/stride of the size, and the features of every level."""
 
     def __init__(self, config: Config):
         super().__init__()
@@ -203,7 +206,7 @@ class Encoder(nn.Module):
         for attention in self.attention:
             x = attention(x, x[:, None])
         # Bounded, so that the noise of the bridge and the codebook have a scale to be right for.
-        return 2 * torch.tanh(self.out(x).float() / 2), features
+        return BOUND * torch.tanh(self.out(x).float() / BOUND), features
 
 
 class Codebook(nn.Module):
@@ -215,7 +218,7 @@ class Codebook(nn.Module):
     def __init__(self, codes: int, channels: int, commitment: float = 0.25):
         super().__init__()
         self.commitment = commitment
-        self.codes = nn.Parameter(torch.empty(codes, channels).uniform_(-2, 2))
+        self.codes = nn.Parameter(torch.empty(codes, channels).uniform_(-BOUND, BOUND))
 
     def forward(self, latent: Float[Tensor, "b c h w"]) -> tuple[Float[Tensor, "b c h w"], Float[Tensor, ""]]:
         """The codes, and the loss that draws codes and latents together."""
@@ -226,13 +229,20 @@ class Codebook(nn.Module):
         return latent + (code - latent).detach(), loss
 
 
+def _moved(maps: Float[Tensor, "b 2 c h2 w2"], motion: Float[Tensor, "b 2 h w"]) -> Float[Tensor, "b 2 c h2 w2"]:
+    """Maps of both neighbours, of any stride, where `motion` (pixels, from the middle to frame 1) has them meet."""
+    stride = motion.shape[-1] // maps.shape[-1]
+    way = F.avg_pool2d(torch.stack([-motion, motion], 1).flatten(0, 1), stride) / stride
+    return backward_warp(maps.flatten(0, 1), way)[0].unflatten(0, maps.shape[:2])
+
+
 class Decoder(nn.Module):
     """A latent and two neighbours that were moved to the middle, to the frame between them."""
 
     def __init__(self, config: Config):
         super().__init__()
         widths, groups = config.widths, config.groups
-        self.stem = nn.Conv2d(config.latent, widths[-1], 3, padding=1)
+        self.stem = nn.Conv2d(3 * config.latent, widths[-1], 3, padding=1)
         self.merge, self.attention, self.up = nn.ModuleList(), nn.ModuleList(), nn.ModuleList()
         for level in reversed(range(len(widths))):
             width = widths[level]
@@ -258,17 +268,15 @@ class Decoder(nn.Module):
     def forward(
         self,
         latent: Float[Tensor, "b c h2 w2"],
+        neighbours: Float[Tensor, "b 2 c h2 w2"],
         features: list[Tensor],
         warped: Float[Tensor, "b 2 3 h w"],
         motion: Float[Tensor, "b 2 h w"],
     ) -> Float[Tensor, "b 3 h w"]:
-        """`features`: of both neighbours, level by level, each (b 2 c h w); `motion` as `aligned` gives it."""
-        x = self.stem(latent)
-        way = torch.stack([-motion, motion], 1).flatten(0, 1)
-        levels = list(enumerate(features, 1))[::-1]
-        for (level, feature), merge, attention, up in zip(levels, self.merge, self.attention, self.up, strict=True):
-            there = F.avg_pool2d(way, 2**level) / 2**level
-            moved = backward_warp(feature.flatten(0, 1), there)[0].unflatten(0, feature.shape[:2])
+        """`neighbours`: latents of both; `features`: theirs, level by level, each (b 2 c h w); `motion` of `aligned`."""
+        x = self.stem(torch.cat([latent, _moved(neighbours, motion).flatten(1, 2)], 1))
+        for feature, merge, attention, up in zip(features[::-1], self.merge, self.attention, self.up, strict=True):
+            moved = _moved(feature, motion)
             x = merge(torch.cat([x, moved.flatten(1, 2)], 1))
             for attend in attention:
                 x = attend(x, moved)
@@ -277,6 +285,13 @@ class Decoder(nn.Module):
         # In bfloat16 a picture would come in steps of 1/256.
         mask, residual = (head(seen).float().sigmoid() for head in self.heads)
         return warped[:, 0] * mask + warped[:, 1] * (1 - mask) + 2 * residual - 1
+
+
+class _Bounded(Edit):
+    """Keeps estimates of the data where data can be: from nearly pure noise they would go far astray."""
+
+    def on_x0(self, p: Prediction, x: Tensor, t: Tensor, ctx: Ctx) -> Prediction:
+        return Prediction.from_x0(ctx.path, x, t, p.x0.clamp(-BOUND, BOUND))
 
 
 class CBB(nn.Module):
@@ -290,6 +305,7 @@ class CBB(nn.Module):
         self.config, self.steps, self.seed, self.eta = config, STEPS, 0, 1.0
         self.encoder, self.decoder = Encoder(config), Decoder(config)
         self.codebook = Codebook(config.codes, config.latent)
+        self.sketch = nn.Conv2d(config.latent, 12, 3, padding=1)
         attends = [level >= config.attend for level in range(len(config.unet))]
         self.unet = UNet2DModel(
             in_channels=3 * config.latent, out_channels=config.latent, layers_per_block=config.blocks,
@@ -331,31 +347,32 @@ class CBB(nn.Module):
         times = self.config.times
         return SteppedBridge(steps=times) if self.config.objective == "bridge" else VP.of("linear", times)
 
-    def encode(
-        self, pair: Float[Tensor, "b 2 3 h w"]
-    ) -> tuple[Float[Tensor, "b c h2 w2"], Float[Tensor, "b c h2 w2"], list[Tensor]]:
+    def encode(self, pair: Float[Tensor, "b 2 3 h w"]) -> tuple[Float[Tensor, "b 2 c h2 w2"], list[Tensor]]:
         """Latents of both neighbours, before the codebook, and their features level by level, each (b 2 c h w)."""
         latents, features = self.encoder(pair.flatten(0, 1))
-        before, after = latents.unflatten(0, pair.shape[:2]).unbind(1)
-        return before, after, [level.unflatten(0, pair.shape[:2]) for level in features]
+        return latents.unflatten(0, pair.shape[:2]), [level.unflatten(0, pair.shape[:2]) for level in features]
 
     def loss(self, batch: dict[str, Tensor]) -> Float[Tensor, ""]:
         """That of the autoencoder; after the share `learned` of the run the encoder stands still and the U-Net learns.
 
-        The decoder meets latents that lean towards the neighbours and are noisy, as a sampled one may be.
+        The decoder meets latents that lean towards the neighbours and are noisy, as a sampled one may be. A sketch of
+        the picture must be readable in the latent alone: where warping is nearly right already, nothing else would make
+        the latent say anything.
         """
         settled = bool(batch["progress"][0] >= self.config.learned)
         with torch.set_grad_enabled(torch.is_grad_enabled() and not settled):
-            before, after, features = self.encode(batch["pair"])
+            neighbours, features = self.encode(batch["pair"])
             middle, _ = self.encoder(batch["middle"])
         lean, noise = torch.rand(2, len(middle), 1, 1, 1, device=middle.device)
-        doubtful = middle.lerp((before + after) / 2, lean.square()) + 0.5 * noise * torch.randn_like(middle)
+        doubtful = middle.lerp(neighbours.mean(1), 0.5 * lean.square()) + 0.25 * noise * torch.randn_like(middle)
         code, distance = self.codebook(doubtful)
-        made = self.decoder(code, features, batch["warped"], batch["motion"])
+        made = self.decoder(code, neighbours, features, batch["warped"], batch["motion"])
         error = (made - batch["middle"]).square().mean((1, 2, 3))
+        sketch = F.pixel_shuffle(self.sketch(middle).float(), 2)
+        drawn = F.l1_loss(sketch, F.avg_pool2d(batch["middle"], self.config.stride // 2))
         # Decibels: most of a frame is right from the start, and in an L1 what is not would hardly count.
-        loss = 0.1 * (error + 1e-5).log().mean() + 0.1 * distance
-        return loss + self.latent_loss(middle, before, after) if settled else loss
+        loss = 0.1 * (error + 1e-5).log().mean() + 0.1 * distance + drawn
+        return loss + self.latent_loss(middle, *neighbours.unbind(1)) if settled else loss
 
     def latent_loss(
         self, middle: Float[Tensor, "b c h w"], before: Float[Tensor, "b c h w"], after: Float[Tensor, "b c h w"]
@@ -387,16 +404,17 @@ class CBB(nn.Module):
     def grid(self, steps: int) -> Float[Tensor, "n"]:
         """The times of `steps` evaluations: falling evenly from T, then the last two, then the data.
 
-        Raises InputError below 3 steps: the last two and a first are needed.
+        Raises InputError below 3 steps, since the last two and a first are needed, and above T / 2.
         """
         if steps < 3:
             raise InputError(f"--steps {steps}: cbb needs 3 steps or more")
         last = self.config.times - 1
-        if steps > last:
-            raise InputError(f"--steps {steps}: cbb was trained on {last + 1} times; give at most {last} steps")
-        falling = torch.arange(last, 1, -last / (steps - 2), dtype=torch.float64).long()[: steps - 2]
+        if steps > self.config.times // 2:
+            raise InputError(f"--steps {steps}: more than the {last + 1} times of cbb divide into; "
+                             f"{self.config.times // 2} are the most")  # fmt: skip
+        falling = torch.arange(last, 1, -last / (steps - 2), dtype=torch.float64)[: steps - 2].floor()
         # Time 0 is the data, so that the index of a training step counts from 1.
-        return Grids.indices([*(falling + 1).tolist(), 2, 1])
+        return Grids.indices([*(falling + 1).tolist(), 2.0, 1.0])
 
     def sample_latent(
         self, before: Float[Tensor, "b c h w"], after: Float[Tensor, "b c h w"], steps: int = STEPS, seed: int = 0,
@@ -407,28 +425,30 @@ class CBB(nn.Module):
         With the objective `ddpm` it begins in noise of `seed`: ancestral for `eta` 1, DDIM for 0.
         """
         path, fresh = self.path, Fresh(seed)
-        start, end = after[:, None], after[:, None]
-        step, noise = Universal(eta=1.0), lambda x, run: eta * fresh(x, run)
-        grid = self.grid(steps)
-        if not path.bridge:
-            start, end, step, noise = fresh(start, None), None, Universal(eta=eta), fresh
-            grid = Grids.trailing(path, steps)
+        if path.bridge:
+            start = end = after[:, None]
+            # `eta` scales the fresh noise and nothing else: what the step leaves for it stays open.
+            grid, step, noise = self.grid(steps), Universal(eta=1.0), lambda x, run: eta * fresh(x, run)
+            edits: tuple[Edit, ...] = ()
+        else:
+            start, end = torch.randn(after[:, None].shape, generator=fresh.generator).to(after.device), None
+            grid, step, noise, edits = Grids.trailing(path, steps), Universal(eta=eta), fresh, (_Bounded(),)
 
         def network(x: Tensor, time: Tensor, cond: Cond) -> Tensor:
             return self.predict(x[:, 0], before, after, time.long())[:, None]
 
         latent = Latent(start.shape[2], 1, *start.shape[-2:])
         denoiser = Plain(network, path, "difference" if path.bridge else "noise", latent)
-        return sample(denoiser, start, grid, Cond(), step=step, noise=noise, y=end)[0][:, 0]
+        return sample(denoiser, start, grid, Cond(), step=step, noise=noise, y=end, edits=edits)[0][:, 0]
 
     @torch.inference_mode()
     def middle(
-        self, frame0: Float[Tensor, "3 h w"], frame1: Float[Tensor, "3 h w"], steps: int = STEPS, seed: int = 0,
+        self, frame0: Float[Tensor, "3 h w"], frame1: Float[Tensor, "3 h1 w1"], steps: int = STEPS, seed: int = 0,
         eta: float = 1.0,
     ) -> Float[Tensor, "3 h w"]:  # fmt: skip
         """The frame halfway between two pictures in [0, 1].
 
-        Raises InputError for pictures of different sizes or with a side below 64, and below 3 steps.
+        Raises InputError for pictures of different sizes or with a side below 64, and for fewer than 3 steps.
         """
         sizes = [f"{picture.shape[2]}x{picture.shape[1]}" for picture in (frame0, frame1)]
         if sizes[0] != sizes[1]:
@@ -445,9 +465,9 @@ class CBB(nn.Module):
             for x in aligned(frame0, frame1)
         )
         pair = F.pad(torch.stack([frame0, frame1]), border, mode="replicate")[None]
-        before, after, features = self.encode(pair)
-        code, _ = self.codebook(self.sample_latent(before, after, steps, seed, eta))
-        return self.decoder(code, features, warped[None], motion)[0, :, :height, :width].clamp(0, 1)
+        neighbours, features = self.encode(pair)
+        code, _ = self.codebook(self.sample_latent(*neighbours.unbind(1), steps, seed, eta))
+        return self.decoder(code, neighbours, features, warped[None], motion)[0, :, :height, :width].clamp(0, 1)
 
     def between(
         self, frame0: Float[Tensor, "3 h w"], frame1: Float[Tensor, "3 h w"]
