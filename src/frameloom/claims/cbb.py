@@ -29,7 +29,7 @@ from frameloom.training.loop import fit
 # Their latents are the pictures, 4x4 pixels folded into channels, so that what is compared is the diffusion alone.
 FOLD = 4
 TRIPLETS = 512
-RECIPE = Recipe(steps=900, batch_size=4, lr=1e-3, final_lr=2e-5, ema=0.995, bf16=True)
+RECIPE = Recipe(steps=600, batch_size=4, lr=1e-3, final_lr=2e-5, ema=0.995, bf16=True)
 CROP = 64
 SPEED = 8.0
 CLIPS = 12

@@ -116,14 +116,15 @@ def predict(
         _finish(made, output, zoom, codec, crf, preset, False, json)
 
 
-def between(first: Path, last: Path, output: Path, method: str, weights: str | None, seed: int, device: str,
-            zoom: int | None, codec: str, crf: int | None, preset: str | None, json: bool) -> None:  # fmt: skip
+def between(first: Path, last: Path, output: Path, method: str, weights: str | None, steps: int | None, seed: int,
+            device: str, zoom: int | None, codec: str, crf: int | None, preset: str | None,
+            json: bool) -> None:  # fmt: skip
     """Make the frames between two pictures with a model that takes given frames."""
     from frameloom.cli import terminal
     from frameloom.tasks.generation import inbetween
 
     with terminal.bar("steps") as progress:
-        clip = inbetween(picture(first), picture(last), method, weights=weights, seed=seed, device=device,
+        clip = inbetween(picture(first), picture(last), method, weights=weights, steps=steps, seed=seed, device=device,
                          progress=progress)  # fmt: skip
         _told(clip, method, device)
         _finish(clip, output, zoom, codec, crf, preset, False, json)

@@ -119,7 +119,7 @@ def interpolate(
         if out is None:
             raise InputError(f"--method {name}: makes the frames between two pictures: interpolate A.png B.png "
                              f"--method {name} -o OUT.mp4")  # fmt: skip
-        between(Path(input), output, out, name, weights, seed, device, None, codec, crf, preset, json)
+        between(Path(input), output, out, name, weights, steps, seed, device, None, codec, crf, preset, json)
         return
     if out is not None:
         from frameloom.cli.make import middle
