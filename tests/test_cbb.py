@@ -179,18 +179,20 @@ def test_diffusion_from_noise_forgets_nothing_of_its_seed():
 
 
 def test_both_neighbours_are_moved_to_the_middle():
-    warped, motion = aligned(texture(0), texture(6))
+    warped, motion, moving = aligned(texture(0), texture(6))
     inner = (slice(None), slice(12, -12), slice(16, -16))
     for moved in warped:
         assert (moved[inner] - texture(3)[inner]).abs().max() < 0.03
     assert float(motion[0][12:-12, 16:-16].mean()) == pytest.approx(3, abs=0.2)
     assert float(motion[1].abs().mean()) < 0.2
+    assert moving.min() == 1
 
 
 def test_where_nothing_moves_the_pictures_stay_as_they_are():
     first = texture()
     second = (first + 0.02 * randn(3, 64, 96)).clamp(0, 1)
-    warped, _ = aligned(first, second)
+    warped, _, moving = aligned(first, second)
+    assert moving.max() == 0
     torch.testing.assert_close(warped, torch.stack([first, second]), atol=1e-6, rtol=0)
 
 
@@ -375,6 +377,28 @@ def test_the_same_input_and_seed_give_the_same_frame_of_the_same_size(untrained)
     assert torch.equal(made, untrained.middle(first, second, steps=4))
 
 
+@pytest.mark.parametrize("moved", [False, True])
+def test_the_bridge_begins_at_the_latent_after_moved_to_the_middle_where_the_config_says_so(moved):
+    torch.manual_seed(0)
+    model = CBB(replace(PRESETS["tiny"], moved=moved)).eval()
+    begun = []
+
+    def spy(before, after, *how):
+        begun.append(after)
+        return after
+
+    model.sample_latent = spy
+    # One stride of motion to either side, so that latents move by a whole place.
+    first, second = texture(0), texture(16)
+    model.middle(first, second)
+    with torch.no_grad():
+        places = slice(3, 8)
+        after, middle = (model.encoder(picture[None])[0][..., 2:6, places] for picture in (second, texture(8)))
+    right, wrong = (middle, after) if moved else (after, middle)
+    off = lambda latent: (begun[0][..., 2:6, places] - latent).abs().mean()  # noqa: E731
+    assert off(right) < 0.3 * off(wrong)
+
+
 def test_pictures_that_are_the_same_give_a_copy(untrained):
     picture = texture()
     made = untrained.between(picture, picture.clone())(0.5)
@@ -395,6 +419,16 @@ def test_what_it_cannot_take_is_said_in_one_line(untrained, first, second, how, 
     with pytest.raises(InputError, match=message) as caught:
         untrained.middle(rand(*first), rand(*second), **how)
     assert "\n" not in str(caught.value)
+
+
+def test_what_stands_still_stays_the_mean_whatever_the_decoder_says(untrained, monkeypatch):
+    monkeypatch.setattr(
+        untrained.decoder, "forward", lambda latent, neighbours, features, warped, motion: warped[:, 0] * 0
+    )
+    first = texture()
+    second = (first + 0.02 * randn(3, 64, 96)).clamp(0, 1)
+    torch.testing.assert_close(untrained.middle(first, second, steps=3), (first + second) / 2)
+    assert untrained.middle(first, texture(6), steps=3).max() == 0
 
 
 def test_only_the_middle_is_known(untrained):

@@ -63,7 +63,9 @@ class Config:
     channels of a head. `unet` and `blocks`: channels of the U-Net's levels and its residual blocks a level; levels from
     `attend` on have attention. `groups`: of the group norms. `objective`: `bridge`, or `ddpm`, the conditional
     diffusion from noise that the paper compares with. `draws`: noisy latents a training example. `learned`: the share
-    of a training run after which the encoder stands still and the U-Net begins.
+    of a training run after which the encoder stands still and the U-Net begins. `moved`: bridges run between the
+    neighbours' latents as their motion moves them to the middle, which leaves a young U-Net the small motions that it
+    is best at; otherwise between the latents as they are.
     """
 
     widths: tuple[int, ...]
@@ -79,6 +81,7 @@ class Config:
     objective: Literal["bridge", "ddpm"] = "bridge"
     draws: int = 1
     learned: float = 0.5
+    moved: bool = False
 
     @property
     def stride(self) -> int:
@@ -93,7 +96,7 @@ class Config:
 
 PRESETS = {
     "tiny": Config(widths=(16, 24, 48), unet=(32, 48, 64), blocks=1, window=4, head=12, codes=2048, attend=2, groups=8,
-                   draws=8, learned=0.35),
+                   draws=8, learned=0.35, moved=True),
     "paper": Config(widths=(64, 128, 128, 128, 256), unet=(128, 256, 512), blocks=2, window=8, head=32, codes=16384),
 }  # fmt: skip
 RECIPES = {
@@ -107,17 +110,19 @@ CROPS = {"tiny": 96, "paper": 256}
 
 def aligned(
     frame0: Float[Tensor, "3 h w"], frame1: Float[Tensor, "3 h w"]
-) -> tuple[Float[Tensor, "2 3 h w"], Float[Tensor, "2 h w"]]:
-    """Both pictures moved to the middle of their motion, and from there the way to frame 1 in pixels.
+) -> tuple[Float[Tensor, "2 3 h w"], Float[Tensor, "2 h w"], Float[Tensor, "1 h w"]]:
+    """Both pictures moved to the middle of their motion, from there the way to frame 1 in pixels, and what moves.
 
-    The way to frame 0 is its negative. Where the motion is too short to be trusted the pictures stay as they are.
+    The way to frame 0 is the negative. The third is 0 where the motion is too short to be trusted, and there the
+    pictures stay as they are; it rises to 1.
     """
     flows = flows_both_ways(frame0, frame1)
     pictures = [np.ascontiguousarray(x.cpu().permute(1, 2, 0).numpy()) for x in (frame0, frame1)]
     *warped, trust = warped_pair(*pictures, flows, 0.5)
     moved = np.stack([still + trust * (warp - still) for still, warp in zip(pictures, warped, strict=True)])
     half = sum(forward - backward for forward, backward in flows) / (4 * len(flows))
-    return torch.from_numpy(moved).permute(0, 3, 1, 2).clamp(0, 1), torch.from_numpy(half).permute(2, 0, 1)
+    warps = torch.from_numpy(moved).permute(0, 3, 1, 2).clamp(0, 1)
+    return warps, torch.from_numpy(half).permute(2, 0, 1), torch.from_numpy(trust).permute(2, 0, 1)
 
 
 class AlignedTriplets(Triplets):
@@ -128,7 +133,7 @@ class AlignedTriplets(Triplets):
         made = super().batch(indices, progress)
         turned = torch.tensor([hash((self.seed, index)) % 2 == 1 for index in indices])[:, None, None, None, None]
         pair = torch.where(turned, made["pair"].flip(1), made["pair"])
-        warped, motion = zip(*(aligned(*frames) for frames in pair), strict=True)
+        warped, motion, _ = zip(*(aligned(*frames) for frames in pair), strict=True)
         return {"pair": pair, "warped": torch.stack(warped), "middle": made["middle"], "motion": torch.stack(motion),
                 "progress": torch.full((len(pair),), progress)}  # fmt: skip
 
@@ -464,14 +469,15 @@ class CBB(nn.Module):
         if torch.equal(frame0, frame1):
             return frame0.clone()
         border = (0, -width % self.config.multiple, 0, -height % self.config.multiple)
-        warped, motion = (
-            F.pad(x[None] if x.ndim == 3 else x, border, mode="replicate").to(frame0.device)
-            for x in aligned(frame0, frame1)
-        )
+        *hints, moving = (x.to(frame0.device) for x in aligned(frame0, frame1))
+        warped, motion = (F.pad(x[None] if x.ndim == 3 else x, border, mode="replicate") for x in hints)
         pair = F.pad(torch.stack([frame0, frame1]), border, mode="replicate")[None]
         neighbours, features = self.encode(pair)
-        code, _ = self.codebook(self.sample_latent(*neighbours.unbind(1), steps, seed, eta))
-        return self.decoder(code, neighbours, features, warped[None], motion)[0, :, :height, :width].clamp(0, 1)
+        ends = _moved(neighbours, motion) if self.config.moved else neighbours
+        code, _ = self.codebook(self.sample_latent(*ends.unbind(1), steps, seed, eta))
+        made = self.decoder(code, neighbours, features, warped[None], motion)[0, :, :height, :width].clamp(0, 1)
+        # Where nothing moves the mean is right already, and a decoder could only add to it.
+        return ((frame0 + frame1) / 2).lerp(made, moving)
 
     def between(
         self, frame0: Float[Tensor, "3 h w"], frame1: Float[Tensor, "3 h w"]
