@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 from fractions import Fraction
 from functools import cached_property
 from math import ceil
-from typing import Protocol, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Float
@@ -107,7 +107,7 @@ def interpolate(
     return smooth if slow is None else smooth.retimed(clip.rate)
 
 
-def sampling(method: Interpolator, name: str, steps: int | None, seed: int) -> Interpolator:
+def sampling(method: Any, name: str, steps: int | None, seed: int) -> Any:
     """The method told how to sample, if it does. Raises InputError for steps that it does not take."""
     if isinstance(method, Sampling):
         method.sampling(steps, seed)
