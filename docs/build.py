@@ -56,6 +56,8 @@ loop is frameloom's own for all of them; `benchmarks/diffusion.py` compares it w
 frameloom interpolate holiday.mov smooth.mp4 --fps 60          # any rate to any rate: 24, 23.976, 30000/1001, 2x
 frameloom interpolate holiday.mov slow.mp4 --slow 4            # four times slower, at the source's rate
 frameloom interpolate holiday.mov smooth.mp4 --method vfimamba
+frameloom interpolate holiday.mov smooth.mp4 --method cbb --steps 20 --seed 1
+frameloom interpolate a.png b.png -o middle.png                # the picture halfway between two
 frameloom interpolate padded.mp4 smooth.mp4 --fps 60 --dedupe  # footage with repeated frames
 ```
 

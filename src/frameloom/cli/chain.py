@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 
 # What each verb of a chain takes: the name of its bare word, then its named settings with their readers.
 VERBS = {
-    "interpolate": ("fps", {"fps": str, "method": str, "weights": str, "tile": int}),
+    "interpolate": ("fps", {"fps": str, "method": str, "weights": str, "tile": int, "steps": int, "seed": int}),
     "stabilize": ("smoothness", {"smoothness": float, "method": str, "weights": str}),
     "compress": ("method", {"method": str, "size": lambda text: parse_size(text), "epochs": int, "quality": float,
                             "preset": str, "fit": str, "strides": lambda text: parse_numbers(text, "strides")}),

@@ -15,7 +15,6 @@ if TYPE_CHECKING:
 Weights = Annotated[
     str | None, typer.Option(help="a shipped model, a run's folder, a folder or hub id of a diffusers pipeline")
 ]
-Steps = Annotated[int | None, typer.Option(help="steps of sampling; the model's own number if absent")]
 Guidance = Annotated[float | None, typer.Option(help="how strongly words (and pictures) count; 1 is off")]
 Solver = Annotated[str | None, typer.Option(help="ddim, ancestral, lcm, heun, dpmpp2m, ab2; the model's own if absent")]
 Zoom = Annotated[int | None, typer.Option(help="show every pixel so many times as large; by itself for tiny models")]
@@ -42,7 +41,7 @@ def generate(
     frames: Annotated[int | None, typer.Option(help="how many; the model's own number if absent")] = None,
     method: options.Method = "auto",
     weights: Weights = None,
-    steps: Steps = None,
+    steps: options.Steps = None,
     guidance: Guidance = None,
     solver: Solver = None,
     memory_budget: Annotated[str | None, typer.Option(help="most memory to use, such as 2GB; slices to fit")] = None,
@@ -91,7 +90,7 @@ def predict(
     prompt: Annotated[str, typer.Option(help="what is seen, for models that read")] = "",
     method: options.Method = "auto",
     weights: Weights = None,
-    steps: Steps = None,
+    steps: options.Steps = None,
     guidance: Guidance = None,
     zoom: Zoom = None,
     seed: options.Seed = 0,
@@ -117,17 +116,56 @@ def predict(
         _finish(made, output, zoom, codec, crf, preset, False, json)
 
 
-def between(first: Path, last: Path, output: Path, method: str, weights: str | None, seed: int, device: str,
-            zoom: int | None, codec: str, crf: int | None, preset: str | None, json: bool) -> None:  # fmt: skip
+def between(first: Path, last: Path, output: Path, method: str, weights: str | None, steps: int | None, seed: int,
+            device: str, zoom: int | None, codec: str, crf: int | None, preset: str | None,
+            json: bool) -> None:  # fmt: skip
     """Make the frames between two pictures with a model that takes given frames."""
     from frameloom.cli import terminal
     from frameloom.tasks.generation import inbetween
 
     with terminal.bar("steps") as progress:
-        clip = inbetween(picture(first), picture(last), method, weights=weights, seed=seed, device=device,
+        clip = inbetween(picture(first), picture(last), method, weights=weights, steps=steps, seed=seed, device=device,
                          progress=progress)  # fmt: skip
         _told(clip, method, device)
         _finish(clip, output, zoom, codec, crf, preset, False, json)
+
+
+def middle(first: Path, last: Path, output: Path, method: str, weights: str | None, steps: int | None, seed: int,
+           device: str, json: bool) -> None:  # fmt: skip
+    """Write the picture halfway between two pictures, under its name only when it is whole."""
+    import os
+    import time
+
+    import cv2
+    import torch
+
+    from frameloom.cli import terminal
+    from frameloom.errors import InputError
+    from frameloom.motion.dis import pixels
+    from frameloom.tasks.interpolation.base import sampling
+    from frameloom.training.pretrained import load
+
+    if output.suffix.lower() not in (".png", ".jpg", ".jpeg", ".webp"):
+        raise InputError(f"--out {output}: {method} makes the one picture between two; name a .png, .jpg or .webp")
+    begun = time.perf_counter()
+    made = sampling(load(method, weights, device=device), method, steps, seed)
+    if not hasattr(made, "between"):
+        raise InputError(f"--method {method}: takes videos, not two pictures; take another")
+    pair = [picture(path).to(device) for path in (first, last)]
+    if pair[0].shape != pair[1].shape:
+        sizes = [f"{path} is {x.shape[2]}x{x.shape[1]}" for path, x in zip((first, last), pair, strict=True)]
+        raise InputError(f"{', '.join(sizes)}; both pictures must have one size")
+    with torch.inference_mode():
+        found = made.between(*pair)(0.5).clamp(0, 1)
+    draft = output.with_name(f".{output.name}.part{output.suffix}")
+    if not cv2.imwrite(str(draft), pixels(found)[..., ::-1]):
+        raise InputError(f"{output}: cannot be written")
+    os.replace(draft, output)
+    seconds = round(time.perf_counter() - begun, 2)
+    if json:
+        terminal.emit({"output": str(output), "method": method, "seconds": seconds})
+    else:
+        terminal.say(f"{output}  halfway between {first} and {last} by {method}  {seconds} s")
 
 
 def _told(clip: "Clip", method: str, device: str) -> None:

@@ -11,6 +11,7 @@ Output = Annotated[Path, Argument(help="the video to make: .mp4, .mkv, .webm, .m
 Method = Annotated[str, Option("--method", "-m", help="which method; auto is the one that measures best here")]
 Weights = Annotated[str | None, Option(help="a folder, a published checkpoint or a hub id; shipped weights if absent")]
 Device = Annotated[str, Option(help="where to compute: cpu, cuda, cuda:1")]
+Steps = Annotated[int | None, Option(help="steps of sampling; the model's own number if absent")]
 Seed = Annotated[int, Option(help="seed of everything random")]
 Json = Annotated[bool, Option("--json", help="print one JSON object on standard output, everything else on error")]
 

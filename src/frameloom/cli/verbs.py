@@ -84,7 +84,10 @@ def interpolate(
     tile: Annotated[int | None, typer.Option(help="longest side in pixels that a method is given at once")] = None,
     dedupe: Annotated[bool, typer.Option("--dedupe", help="drop repeated frames and re-time the motion")] = False,
     strict: Annotated[bool, typer.Option("--strict", help="stop rather than round an instant")] = False,
-    out: Annotated[Path | None, typer.Option("--out", "-o", help="the video between two pictures")] = None,
+    out: Annotated[
+        Path | None, typer.Option("--out", "-o", help="the picture, or of a model the video, between two pictures")
+    ] = None,
+    steps: options.Steps = None,
     seed: options.Seed = 0,
     codec: options.Codec = "h264",
     crf: options.Crf = None,
@@ -99,7 +102,8 @@ def interpolate(
 ) -> None:
     """Change the frame rate: pictures at instants nobody recorded, sound untouched.
 
-    With --method stiv: INPUT and OUTPUT are two pictures, and --out is the video between them.
+    With --out INPUT and OUTPUT are two pictures, and --out is the picture halfway between them, or with a model such as
+    --method stiv the video.
     """
     from frameloom.cards import card, chosen
     from frameloom.cli import terminal
@@ -115,13 +119,17 @@ def interpolate(
         if out is None:
             raise InputError(f"--method {name}: makes the frames between two pictures: interpolate A.png B.png "
                              f"--method {name} -o OUT.mp4")  # fmt: skip
-        between(Path(input), output, out, name, weights, seed, device, None, codec, crf, preset, json)
+        between(Path(input), output, out, name, weights, steps, seed, device, None, codec, crf, preset, json)
         return
     if out is not None:
-        raise InputError(f"--out: goes with two pictures and a model; {name} writes to OUTPUT")
+        from frameloom.cli.make import middle
+
+        middle(Path(input), output, out, name, weights, steps, seed, device, json)
+        return
     clip = read(input, stream=stream, range=range, rate=rate, deinterlace=deinterlace, keep_readable=keep_readable)
     terminal.say(terminal.describe(clip, Path(input).name))
-    made = verb(clip, fps, name, slow=slow, weights=weights, device=device, tile=tile, dedupe=dedupe, strict=strict)
+    made = verb(clip, fps, name, slow=slow, weights=weights, device=device, tile=tile, dedupe=dedupe, strict=strict,
+                steps=steps, seed=seed)  # fmt: skip
     terminal.say(f"{name} on {device}, {len(clip):,} frames to {len(made):,}")
     finish(made, output, codec=codec, crf=crf, preset=preset, resume=resume, json=json, extra={"method": name})
 

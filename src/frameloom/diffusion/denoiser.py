@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from frameloom.diffusion.cond import Cond
+from frameloom.diffusion.context import current
 from frameloom.diffusion.paths import Path, as_times, spread
 from frameloom.diffusion.predict import Prediction, to_prediction
 from frameloom.errors import InputError
@@ -55,7 +56,7 @@ class Denoiser(Protocol):
 
 
 class Plain:
-    """A denoiser of any function `network(x, t, cond) -> raw output`."""
+    """A denoiser of any function `network(x, t, cond) -> raw output`; the known end of a bridge is that of the run."""
 
     def __init__(
         self, network: Callable[[Tensor, Tensor, Cond], Tensor], path: Path, kind: str, latent: Latent
@@ -63,7 +64,8 @@ class Plain:
         self.network, self.path, self.kind, self.latent = network, path, kind, latent
 
     def __call__(self, x: Tensor, t: Tensor, cond: Cond) -> Prediction:
-        return to_prediction(self.kind, self.network(x, t, cond), x, t, self.path)
+        run = current() if self.path.bridge else None
+        return to_prediction(self.kind, self.network(x, t, cond), x, t, self.path, run and run.y)
 
     def sites(self, kind: str) -> Iterator[Site]:
         return iter(())

@@ -195,6 +195,21 @@ class BrownianBridge(Path):
 
 
 @dataclass(frozen=True)
+class SteppedBridge(BrownianBridge):
+    """The Brownian bridge in `steps` training steps: time is the index of the step plus one, and 0 the data itself."""
+
+    steps: int = 1000
+
+    @property
+    def t_max(self) -> float:
+        return float(self.steps)
+
+    def _coef(self, t: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        m = torch.where(t > 0, 0.001 + 0.998 * (t - 1) / (self.steps - 1), torch.zeros_like(t))
+        return 1 - m, m, (2 * (m - m**2) * self.variance).clamp(min=0).sqrt()
+
+
+@dataclass(frozen=True)
 class GmaxBridge(Path):
     """FrameBridge's VP bridge: with s^2 = (bmax - bmin) t^2 / 2 + bmin t, a = sbar^2 / s1^2, b = s^2 / s1^2,
     c = sbar s / s1, sbar^2 = s1^2 - s^2. Wang et al., ICML 2025, arXiv 2410.15371.

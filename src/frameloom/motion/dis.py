@@ -9,6 +9,12 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+# Pixels of motion up to which a flow is more error than motion; from here to twice this the warps fade in.
+STILL = 0.5
+# Up to so many pixels a second pair of flows at twice the size pays: 0.1 dB at 448x256, 0.04 dB for three times the
+# time at 1920x1080.
+FINE = 512 * 512
+
 
 def pixels(frame: Float[Tensor, "3 h w"]) -> np.ndarray:
     """An RGB picture in [0, 1] as uint8 `(h, w, 3)`, the form in which OpenCV takes pictures."""
@@ -65,3 +71,31 @@ def remap(picture: np.ndarray, flow: np.ndarray, amount: float = 1.0, mode: int 
         mode,
         borderMode=cv2.BORDER_REPLICATE,
     )
+
+
+def flows_both_ways(
+    frame0: Float[Tensor, "3 h w"], frame1: Float[Tensor, "3 h w"]
+) -> list[tuple[np.ndarray, np.ndarray]]:
+    """Flows 0 -> 1 and 1 -> 0, each `(h, w, 2)` in pixels; up to `FINE` pixels also those estimated at twice the size.
+
+    The errors of the flows are nearly independent, so that warps by all of them average well.
+    """
+    first, second = grey_pixels(frame0), grey_pixels(frame1)
+    scales = (1, 2) if first.size <= FINE else (1,)
+    return [(dis_flow(first, second, scale=scale), dis_flow(second, first, scale=scale)) for scale in scales]
+
+
+def warped_pair(
+    picture0: np.ndarray, picture1: np.ndarray, flows: list[tuple[np.ndarray, np.ndarray]], t: float
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Both pictures `(h, w, 3)` moved to phase t, each the mean of its warps by every flow, and how far to trust that.
+
+    The third, `(h, w, 1)`, is 0 where the flows are shorter than their own error and 1 from twice that on.
+    """
+    warped0, warped1 = np.zeros_like(picture0), np.zeros_like(picture1)
+    share = 1 / (2 * len(flows))
+    for forward, backward in flows:
+        warped0 += share * (remap(picture0, forward, -t) + remap(picture0, backward, t))
+        warped1 += share * (remap(picture1, forward, 1 - t) + remap(picture1, backward, t - 1))
+    length = sum(np.linalg.norm(flow, axis=-1) for pair in flows for flow in pair) * share
+    return warped0, warped1, np.clip(cv2.blur(length, (9, 9)) / STILL - 1, 0, 1)[..., None]

@@ -88,6 +88,7 @@ def inbetween(
     frames: int | None = None,
     prompt: str = "",
     weights: str | None = None,
+    steps: int | None = None,
     seed: int = 0,
     device: str = "cpu",
     progress: Progress = silent,
@@ -104,5 +105,5 @@ def inbetween(
     if count < 3:
         raise InputError(f"--frames {count}: between two pictures there is at least one, so 3 or more")
     given = {0: torch.as_tensor(first), count - 1: torch.as_tensor(last)}
-    return generate(prompt, frames=count, method=method, weights=weights, given=given, seed=seed, device=device,
-                    progress=progress)  # fmt: skip
+    return generate(prompt, frames=count, method=method, weights=weights, steps=steps, given=given, seed=seed,
+                    device=device, progress=progress)  # fmt: skip

@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 from fractions import Fraction
 from functools import cached_property
 from math import ceil
-from typing import Protocol, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Float
@@ -47,6 +47,13 @@ class Interpolator(Protocol):
     def between(self, frame0: Float[Tensor, "3 h w"], frame1: Float[Tensor, "3 h w"]) -> Between: ...
 
 
+@runtime_checkable
+class Sampling(Protocol):
+    """An interpolator that draws its pictures: it takes a number of steps (None: its own) and a seed."""
+
+    def sampling(self, steps: int | None, seed: int) -> None: ...
+
+
 def interpolate(
     clip: Clip,
     fps: str | float | int | Fraction = 60,
@@ -58,6 +65,8 @@ def interpolate(
     tile: int | None = None,
     dedupe: bool = False,
     strict: bool = False,
+    steps: int | None = None,
+    seed: int = 0,
 ) -> Clip:
     """The same video at another frame rate, lazily; recorded frames that fall on a wanted instant stay untouched.
 
@@ -71,9 +80,10 @@ def interpolate(
             overlapping tiles.
         dedupe: drop repeated frames and spread the motion over the gap, for footage that was padded.
         strict: stop instead of taking the nearest eighth, for methods that only know the middle.
+        steps: of sampling, for methods that sample; their own number if absent. seed: of what they draw.
 
     Raises:
-        InputError: an impossible rate, a single frame, an unknown method.
+        InputError: an impossible rate, a single frame, an unknown method, steps that the method does not take.
     """
     if slow is not None:
         if not 1 < slow <= 64:
@@ -87,14 +97,23 @@ def interpolate(
         raise InputError(f"{clip.info.name}: one frame is not enough to interpolate; two or more are needed")
     if rate == clip.rate and clip.info.regular and not dedupe:
         return clip
-    made = load(name, weights, device=device)
-    label = f"interpolate {rate} {name} {digest(made)} {device} {tile=} {dedupe=} {strict=}"
+    made = sampling(load(name, weights, device=device), name, steps, seed)
+    label = f"interpolate {rate} {name} {digest(made)} {device} {tile=} {dedupe=} {strict=} {steps=} {seed=}"
     if hasattr(made, "resample"):
         smooth = Clip(made.resample(clip.source, rate))
     else:
         source = InterpolatedSource(clip.source, made, rate, label, tile or made.tile, dedupe, strict, device)
         smooth = Clip(source)
     return smooth if slow is None else smooth.retimed(clip.rate)
+
+
+def sampling(method: Any, name: str, steps: int | None, seed: int) -> Any:
+    """The method told how to sample, if it does. Raises InputError for steps that it does not take."""
+    if isinstance(method, Sampling):
+        method.sampling(steps, seed)
+    elif steps is not None:
+        raise InputError(f"--steps {steps}: {name} does not sample; leave it away, or take a method that does")
+    return method
 
 
 @dataclass

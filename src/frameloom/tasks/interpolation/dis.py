@@ -18,13 +18,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from frameloom.motion.dis import dis_flow, dis_flows, grey_pixels, remap
-
-# Pixels of motion up to which a flow is more error than motion; from here to twice this the warps fade in.
-STILL = 0.5
-# Up to so many pixels a second pair of flows at twice the size pays: 0.1 dB at 448x256, 0.04 dB for three times the
-# time at 1920x1080.
-FINE = 512 * 512
+from frameloom.motion.dis import dis_flows, flows_both_ways, warped_pair
 
 
 class DIS:
@@ -45,9 +39,7 @@ class DIS:
 
     def between(self, frame0: Float[Tensor, "3 h w"], frame1: Float[Tensor, "3 h w"]):
         """The function t -> picture `(3, h, w)`; the flows are estimated once, here."""
-        first, second = grey_pixels(frame0), grey_pixels(frame1)
-        scales = (1, 2) if first.size <= FINE else (1,)
-        flows = [(dis_flow(first, second, scale=scale), dis_flow(second, first, scale=scale)) for scale in scales]
+        flows = flows_both_ways(frame0, frame1)
         picture0, picture1 = (np.ascontiguousarray(x.cpu().permute(1, 2, 0).numpy()) for x in (frame0, frame1))
 
         def at(t: float) -> Tensor:
@@ -61,15 +53,10 @@ def synthesise(
     picture0: np.ndarray, picture1: np.ndarray, flows: list[tuple[np.ndarray, np.ndarray]], t: float
 ) -> np.ndarray:
     """The picture (h, w, 3) at phase t from two pictures and pairs of flows 0 -> 1 and 1 -> 0, each (h, w, 2)."""
-    warped0, warped1 = np.zeros_like(picture0), np.zeros_like(picture1)
-    share = 1 / (2 * len(flows))
-    for forward, backward in flows:
-        warped0 += share * (remap(picture0, forward, -t) + remap(picture0, backward, t))
-        warped1 += share * (remap(picture1, forward, 1 - t) + remap(picture1, backward, t - 1))
+    warped0, warped1, trust = warped_pair(picture0, picture1, flows, t)
     moved = _soften((1 - t) * warped0 + t * warped1, np.abs(warped0 - warped1).mean(-1))
     still = (1 - t) * picture0 + t * picture1
-    length = sum(np.linalg.norm(flow, axis=-1) for pair in flows for flow in pair) * share
-    return still + np.clip(cv2.blur(length, (9, 9)) / STILL - 1, 0, 1)[..., None] * (moved - still)
+    return still + trust * (moved - still)
 
 
 def _soften(picture: np.ndarray, gap: np.ndarray) -> np.ndarray:

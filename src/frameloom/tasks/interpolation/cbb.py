@@ -1,0 +1,492 @@
+"""CBB: the frame between two frames by a Brownian bridge between latents, for pictures that do not change by the seed.
+
+For who wants what diffusion adds where warping fails, and the same answer tomorrow. A diffusion from pure noise draws
+some frame; interpolation wants the one. Here the three latents y (frame before), x (the middle) and z (frame after)
+stand on one axis of time with half a bridge on either side of x, so that sampling starts from a recorded frame and
+little noise is added on the way (2 in all, where DDPM adds 11):
+
+    x_t = (1 - m) x + m e + sqrt(2 m (1 - m)) eps,   e = z or y,   m from 0.001 to 0.999 in T steps
+
+A U-Net that sees x_t, y and z predicts d = x_t - x; its time is T + t on the side of z and T - t on that of y. A step
+from t to u, with v = 2 m (1 - m), is the ancestral step of the bridge:
+
+    s^2 = (v_t - v_u (1 - m_t)^2 / (1 - m_u)^2) v_u / v_t
+    x_u = (1 - m_u) x0 + m_u z + sqrt((v_u - s^2) / v_t) (x_t - (1 - m_t) x0 - m_t z) + eta s eps
+
+The latent is decoded with both neighbours at hand, moved to the middle by their motion: w0, w1. Where these are right
+the decoder chooses between them by a mask m, and adds what neither has:
+
+    frame = w0 m + w1 (1 - m) + residual
+
+Motion is that of `frameloom.motion.dis`, in the place of the pretrained flow networks of the paper.
+
+Zonglin Lyu, Ming Li, Jianbo Jiao, Chen Chen, "Frame Interpolation with Consecutive Brownian Bridge Diffusion", ACM MM
+2024, arXiv 2405.05953.
+"""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from diffusers import UNet2DModel
+from einops import rearrange
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from frameloom.diffusion.cond import Cond
+from frameloom.diffusion.context import Ctx
+from frameloom.diffusion.denoiser import Latent, Plain
+from frameloom.diffusion.paths import VP, Path, SteppedBridge
+from frameloom.diffusion.predict import Prediction
+from frameloom.diffusion.run import Edit, sample
+from frameloom.diffusion.step import Fresh, Grids, Universal
+from frameloom.errors import InputError
+from frameloom.motion.dis import flows_both_ways, warped_pair
+from frameloom.motion.warp import backward_warp
+from frameloom.tasks.interpolation.triplets import Curriculum, Triplets
+from frameloom.training.recipe import Recipe
+
+LEAST = 64
+STEPS = 50
+BOUND = 2.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config:
+    """Sizes of a CBB. Level i of the autoencoder has `widths[i]` channels and halves the picture at its end.
+
+    `latent`: channels of a latent. `codes`: of the codebook. `window`: side of the attention windows, and `head` the
+    channels of a head. `unet` and `blocks`: channels of the U-Net's levels and its residual blocks a level; levels from
+    `attend` on have attention. `groups`: of the group norms. `objective`: `bridge`, or `ddpm`, the conditional
+    diffusion from noise that the paper compares with. `draws`: noisy latents a training example. `learned`: the share
+    of a training run after which the encoder stands still and the U-Net begins. `moved`: bridges run between the
+    neighbours' latents as their motion moves them to the middle, which leaves a young U-Net the small motions that it
+    is best at; otherwise between the latents as they are.
+    """
+
+    widths: tuple[int, ...]
+    unet: tuple[int, ...]
+    blocks: int
+    window: int
+    head: int
+    codes: int
+    latent: int = 3
+    attend: int = 1
+    groups: int = 32
+    times: int = 1000
+    objective: Literal["bridge", "ddpm"] = "bridge"
+    draws: int = 1
+    learned: float = 0.5
+    moved: bool = False
+
+    @property
+    def stride(self) -> int:
+        """Pixels a side of one latent."""
+        return 2 ** len(self.widths)
+
+    @property
+    def multiple(self) -> int:
+        """What the sides of a picture must be divisible by."""
+        return self.stride * math.lcm(self.window, 2 ** (len(self.unet) - 1))
+
+
+PRESETS = {
+    "tiny": Config(widths=(16, 24, 48), unet=(32, 48, 64), blocks=1, window=4, head=12, codes=2048, attend=2, groups=8,
+                   draws=8, learned=0.35, moved=True),
+    "paper": Config(widths=(64, 128, 128, 128, 256), unet=(128, 256, 512), blocks=2, window=8, head=32, codes=16384),
+}  # fmt: skip
+RECIPES = {
+    "tiny": Recipe(steps=2200, batch_size=4, lr=1e-3, final_lr=2e-5, weight_decay=1e-4, ema=0.998, bf16=True,
+                   channels_last=True),
+    # The published rate; as many steps as 100 passes over the 51,312 triplets of Vimeo-90K.
+    "paper": Recipe(steps=80_000, batch_size=64, lr=1e-4, final_lr=5e-7, warmup=1000, ema=0.995, bf16=True),
+}  # fmt: skip
+CROPS = {"tiny": 96, "paper": 256}
+
+
+def aligned(
+    frame0: Float[Tensor, "3 h w"], frame1: Float[Tensor, "3 h w"]
+) -> tuple[Float[Tensor, "2 3 h w"], Float[Tensor, "2 h w"], Float[Tensor, "1 h w"]]:
+    """Both pictures moved to the middle of their motion, from there the way to frame 1 in pixels, and what moves.
+
+    The way to frame 0 is the negative. The third is 0 where the motion is too short to be trusted, and there the
+    pictures stay as they are; it rises to 1.
+    """
+    flows = flows_both_ways(frame0, frame1)
+    pictures = [np.ascontiguousarray(x.cpu().permute(1, 2, 0).numpy()) for x in (frame0, frame1)]
+    *warped, trust = warped_pair(*pictures, flows, 0.5)
+    moved = np.stack([still + trust * (warp - still) for still, warp in zip(pictures, warped, strict=True)])
+    half = sum(forward - backward for forward, backward in flows) / (4 * len(flows))
+    warps = torch.from_numpy(moved).permute(0, 3, 1, 2).clamp(0, 1)
+    return warps, torch.from_numpy(half).permute(2, 0, 1), torch.from_numpy(trust).permute(2, 0, 1)
+
+
+class AlignedTriplets(Triplets):
+    """Triplets of the world, in either order of time, with the neighbours moved to the middle."""
+
+    def batch(self, indices: list[int], progress: float) -> dict[str, Tensor]:
+        """`pair`, `warped` (b, 2, 3, h, w), `middle` (b, 3, h, w), `motion` (b, 2, h, w), `progress` (b,)."""
+        made = super().batch(indices, progress)
+        turned = torch.tensor([hash((self.seed, index)) % 2 == 1 for index in indices])[:, None, None, None, None]
+        pair = torch.where(turned, made["pair"].flip(1), made["pair"])
+        warped, motion, _ = zip(*(aligned(*frames) for frames in pair), strict=True)
+        return {"pair": pair, "warped": torch.stack(warped), "middle": made["middle"], "motion": torch.stack(motion),
+                "progress": torch.full((len(pair),), progress)}  # fmt: skip
+
+
+class ResBlock(nn.Module):
+    """Two normalised 3x3 convolutions beside a shortcut."""
+
+    def __init__(self, inputs: int, outputs: int, groups: int):
+        super().__init__()
+        self.body = nn.Sequential(
+            nn.GroupNorm(math.gcd(groups, inputs), inputs), nn.SiLU(), nn.Conv2d(inputs, outputs, 3, padding=1),
+            nn.GroupNorm(math.gcd(groups, outputs), outputs), nn.SiLU(), nn.Conv2d(outputs, outputs, 3, padding=1),
+        )  # fmt: skip
+        self.shortcut = nn.Identity() if inputs == outputs else nn.Conv2d(inputs, outputs, 1)
+
+    def forward(self, x: Float[Tensor, "b c h w"]) -> Float[Tensor, "b d h w"]:
+        return self.shortcut(x) + self.body(x)
+
+
+class WindowAttention(nn.Module):
+    """Pixels ask the pixels of several maps: neighbours of one window, or with `grid` pixels spread over the picture.
+
+    Windows and grids are `window` a side and take turns, as in MaxViT (Tu et al., ECCV 2022, arXiv 2204.01697), with
+    its bias by relative place. Sides must be divisible by `window`.
+    """
+
+    def __init__(self, channels: int, head: int, window: int, groups: int, grid: bool):
+        super().__init__()
+        self.heads, self.window = channels // head, window
+        self.cut = "(i y) (j x)" if grid else "(y i) (x j)"
+        self.norm = nn.GroupNorm(math.gcd(groups, channels), channels)
+        self.query, self.out = nn.Conv2d(channels, channels, 1), nn.Conv2d(channels, channels, 1)
+        self.memory = nn.Conv2d(channels, 2 * channels, 1)
+        self.bias = nn.Parameter(torch.zeros(self.heads, (2 * window - 1) ** 2))
+        at = torch.cartesian_prod(torch.arange(window), torch.arange(window))
+        apart = at[:, None] - at[None] + window - 1
+        self.register_buffer("apart", apart[..., 0] * (2 * window - 1) + apart[..., 1], persistent=False)
+
+    def forward(self, x: Float[Tensor, "b c h w"], maps: Float[Tensor, "b n c h w"]) -> Float[Tensor, "b c h w"]:
+        sides = {"i": self.window, "j": self.window}
+        query = rearrange(self.query(self.norm(x)), f"b (g d) {self.cut} -> (b y x) g (i j) d", g=self.heads, **sides)
+        memory = self.memory(maps.flatten(0, 1)).unflatten(0, maps.shape[:2])
+        key, value = rearrange(memory, f"b n (two g d) {self.cut} -> two (b y x) g (n i j) d", two=2, g=self.heads,
+                               **sides)  # fmt: skip
+        bias = self.bias[:, self.apart].repeat(1, 1, maps.shape[1]).to(query.dtype)
+        found = F.scaled_dot_product_attention(query, key, value, attn_mask=bias)
+        size = {"y": x.shape[-2] // self.window, "x": x.shape[-1] // self.window}
+        return x + self.out(rearrange(found, f"(b y x) g (i j) d -> b (g d) {self.cut}", **sides, **size))
+
+
+class Encoder(nn.Module):
+    """A picture in [0, 1] to its latent within `BOUND`, at 1/stride of the size, and the features of every level."""
+
+    def __init__(self, config: Config):
+        super().__init__()
+        widths, groups, last = config.widths, config.groups, config.widths[-1]
+        self.stem = nn.Conv2d(3, widths[0], 3, padding=1)
+        self.levels = nn.ModuleList(
+            nn.Sequential(ResBlock(before, width, groups), nn.Conv2d(width, width, 3, 2, 1))
+            for before, width in zip((widths[0], *widths), widths, strict=False)
+        )
+        self.attention = nn.ModuleList(
+            WindowAttention(last, config.head, config.window, groups, grid) for grid in (False, True)
+        )
+        self.out = nn.Sequential(
+            ResBlock(last, last, groups), nn.GroupNorm(groups, last), nn.SiLU(), nn.Conv2d(last, 8, 3, padding=1),
+            nn.Conv2d(8, config.latent, 1),
+        )  # fmt: skip
+        # A latent begins as the mean colour of its pixels, and learns what else is worth saying.
+        self.colour = nn.Conv2d(3, config.latent, 1, bias=False)
+        nn.init.dirac_(self.colour.weight)
+        nn.init.zeros_(self.out[-1].weight)
+        nn.init.zeros_(self.out[-1].bias)
+
+    def forward(self, picture: Float[Tensor, "b 3 h w"]) -> tuple[Float[Tensor, "b c h2 w2"], list[Tensor]]:
+        x, features = self.stem(2 * picture - 1), []
+        for level in self.levels:
+            x = level(x)
+            features.append(x)
+        for attention in self.attention:
+            x = attention(x, x[:, None])
+        # Bounded, so that the noise of the bridge and the codebook have a scale to be right for.
+        colour = self.colour(F.avg_pool2d(3 * picture - 1.5, 2 ** len(self.levels)))
+        return BOUND * torch.tanh((colour + self.out(x)).float() / BOUND), features
+
+
+class Codebook(nn.Module):
+    """Latents to the nearest of `codes` vectors; gradients pass as if nothing had happened (VQ-VAE, arXiv 1711.00937).
+
+    The codes begin spread over all latents that there can be, so that none is out of reach.
+    """
+
+    def __init__(self, codes: int, channels: int, commitment: float = 0.25):
+        super().__init__()
+        self.commitment = commitment
+        self.codes = nn.Parameter(torch.empty(codes, channels).uniform_(-BOUND, BOUND))
+
+    def forward(self, latent: Float[Tensor, "b c h w"]) -> tuple[Float[Tensor, "b c h w"], Float[Tensor, ""]]:
+        """The codes, and the loss that draws codes and latents together."""
+        flat = latent.permute(0, 2, 3, 1)
+        nearest = torch.cdist(flat.detach().flatten(0, 2), self.codes.detach()).argmin(1)
+        code = self.codes[nearest].view_as(flat).permute(0, 3, 1, 2)
+        loss = F.mse_loss(code, latent.detach()) + self.commitment * F.mse_loss(latent, code.detach())
+        return latent + (code - latent).detach(), loss
+
+
+def _moved(maps: Float[Tensor, "b 2 c h2 w2"], motion: Float[Tensor, "b 2 h w"]) -> Float[Tensor, "b 2 c h2 w2"]:
+    """Maps of both neighbours, of any stride, where `motion` (pixels, from the middle to frame 1) has them meet."""
+    stride = motion.shape[-1] // maps.shape[-1]
+    way = F.avg_pool2d(torch.stack([-motion, motion], 1).flatten(0, 1), stride) / stride
+    return backward_warp(maps.flatten(0, 1), way)[0].unflatten(0, maps.shape[:2])
+
+
+class Decoder(nn.Module):
+    """A latent and two neighbours that were moved to the middle, to the frame between them."""
+
+    def __init__(self, config: Config):
+        super().__init__()
+        widths, groups = config.widths, config.groups
+        self.stem = nn.Conv2d(3 * config.latent, widths[-1], 3, padding=1)
+        self.merge, self.attention, self.up = nn.ModuleList(), nn.ModuleList(), nn.ModuleList()
+        for level in reversed(range(len(widths))):
+            width = widths[level]
+            self.merge.append(ResBlock(3 * width, width, groups))
+            self.attention.append(nn.ModuleList(
+                WindowAttention(width, min(config.head, width // 2), config.window, groups, grid)
+                for grid in (False, True)
+            ))  # fmt: skip
+            self.up.append(nn.ConvTranspose2d(width, widths[max(level - 1, 0)], 4, 2, 1))
+        head = widths[0]
+        self.heads = nn.ModuleList(
+            nn.Sequential(
+                nn.Conv2d(widths[0] + 6 + 2 * config.latent, head, 3, padding=1), nn.GroupNorm(groups, head), nn.ReLU(),
+                nn.Conv2d(head, head // 2, 3, padding=1), nn.GroupNorm(groups, head // 2), nn.ReLU(),
+                nn.Conv2d(head // 2, outputs, 3, padding=1),
+            ) for outputs in (1, 3)
+        )  # fmt: skip
+        for mask_or_residual in self.heads:
+            # Training starts from the mean of the warps.
+            nn.init.zeros_(mask_or_residual[-1].weight)
+            nn.init.zeros_(mask_or_residual[-1].bias)
+
+    def forward(
+        self,
+        latent: Float[Tensor, "b c h2 w2"],
+        neighbours: Float[Tensor, "b 2 c h2 w2"],
+        features: list[Tensor],
+        warped: Float[Tensor, "b 2 3 h w"],
+        motion: Float[Tensor, "b 2 h w"],
+    ) -> Float[Tensor, "b 3 h w"]:
+        """`neighbours`: both latents. `features`: theirs, level by level, each (b 2 c h w). `motion`: of `aligned`."""
+        # Where a neighbour's latent, moved, is not the middle's, its picture is not right there either.
+        wrong = (latent[:, None] - _moved(neighbours, motion)).flatten(1, 2)
+        x = self.stem(torch.cat([latent, wrong], 1))
+        for feature, merge, attention, up in zip(features[::-1], self.merge, self.attention, self.up, strict=True):
+            moved = _moved(feature, motion)
+            x = merge(torch.cat([x, moved.flatten(1, 2)], 1))
+            for attend in attention:
+                x = attend(x, moved)
+            x = up(x)
+        wrong = F.interpolate(wrong, size=x.shape[-2:], mode="bilinear")
+        seen = torch.cat([x, warped.flatten(1, 2) - 0.5, wrong], 1)
+        # In bfloat16 a picture would come in steps of 1/256.
+        mask, residual = (head(seen).float().sigmoid() for head in self.heads)
+        return warped[:, 0] * mask + warped[:, 1] * (1 - mask) + 2 * residual - 1
+
+
+class _Bounded(Edit):
+    """Keeps estimates of the data where data can be: from nearly pure noise they would go far astray."""
+
+    def on_x0(self, p: Prediction, x: Tensor, t: Tensor, ctx: Ctx) -> Prediction:
+        return Prediction.from_x0(ctx.path, x, t, p.x0.clamp(-BOUND, BOUND))
+
+
+class CBB(nn.Module):
+    """The whole method. `steps`, `seed` and `eta` say how `between` samples: `eta` 1 as published, 0 without noise."""
+
+    fixed_t = True
+    tile = None
+
+    def __init__(self, config: Config):
+        super().__init__()
+        self.config, self.steps, self.seed, self.eta = config, STEPS, 0, 1.0
+        self.encoder, self.decoder = Encoder(config), Decoder(config)
+        self.codebook = Codebook(config.codes, config.latent)
+        attends = [level >= config.attend for level in range(len(config.unet))]
+        self.unet = UNet2DModel(
+            in_channels=3 * config.latent, out_channels=config.latent, layers_per_block=config.blocks,
+            block_out_channels=config.unet, norm_num_groups=config.groups, attention_head_dim=config.unet[0] // 4,
+            down_block_types=["AttnDownBlock2D" if here else "ResnetDownsampleBlock2D" for here in attends],
+            up_block_types=["AttnUpBlock2D" if here else "ResnetUpsampleBlock2D" for here in attends[::-1]],
+            downsample_type="resnet", upsample_type="resnet", resnet_time_scale_shift="scale_shift",
+        )  # fmt: skip
+
+    @classmethod
+    def preset(cls, size: str) -> Config:
+        """`tiny` (two cores) or `paper`."""
+        if size not in PRESETS:
+            raise InputError(f"--size {size}: no such size of cbb; there are {', '.join(PRESETS)}")
+        return PRESETS[size]
+
+    @classmethod
+    def recipe(cls, size: str) -> Recipe:
+        """How a size is trained."""
+        cls.preset(size)
+        return RECIPES[size]
+
+    @classmethod
+    def dataset(cls, source: str, size: str, seed: int) -> AlignedTriplets:
+        """Triplets of `source` (`world`) at the crop of `size`, with motion that grows over the run."""
+        cls.preset(size)
+        if source != "world":
+            raise InputError(f"--data {source}: cbb trains on world; give --data world")
+        return AlignedTriplets(CROPS[size], seed, Curriculum(start=CROPS[size] / 12, end=CROPS[size] / 3))
+
+    def sampling(self, steps: int | None = None, seed: int = 0) -> None:
+        """How `between` samples from here on. Raises InputError below 3 steps."""
+        self.grid(STEPS if steps is None else steps)
+        self.steps, self.seed = STEPS if steps is None else steps, seed
+
+    @property
+    def path(self) -> Path:
+        """From the middle's latent to the neighbour's; for the objective `ddpm` from latent to noise."""
+        times = self.config.times
+        return SteppedBridge(steps=times) if self.config.objective == "bridge" else VP.of("linear", times)
+
+    def encode(self, pair: Float[Tensor, "b 2 3 h w"]) -> tuple[Float[Tensor, "b 2 c h2 w2"], list[Tensor]]:
+        """Latents of both neighbours, before the codebook, and their features level by level, each (b 2 c h w)."""
+        latents, features = self.encoder(pair.flatten(0, 1))
+        return latents.unflatten(0, pair.shape[:2]), [level.unflatten(0, pair.shape[:2]) for level in features]
+
+    def loss(self, batch: dict[str, Tensor]) -> Float[Tensor, ""]:
+        """That of the autoencoder; after the share `learned` of the run the encoder stands still and the U-Net learns.
+
+        The decoder meets latents that lean towards the neighbours and are noisy, as a sampled one may be.
+        """
+        settled = bool(batch["progress"][0] >= self.config.learned)
+        with torch.set_grad_enabled(torch.is_grad_enabled() and not settled):
+            neighbours, features = self.encode(batch["pair"])
+            middle, _ = self.encoder(batch["middle"])
+        lean, noise = torch.rand(2, len(middle), 1, 1, 1, device=middle.device)
+        doubtful = middle.lerp(neighbours.mean(1), 0.5 * lean.square()) + 0.1 * noise * torch.randn_like(middle)
+        code, distance = self.codebook(doubtful)
+        made = self.decoder(code, neighbours, features, batch["warped"], batch["motion"])
+        error = (made - batch["middle"]).square().mean((1, 2, 3))
+        # Decibels: most of a frame is right from the start, and in an L1 what is not would hardly count.
+        loss = 0.1 * (error + 1e-5).log().mean() + 0.1 * distance
+        return loss + self.latent_loss(middle, *neighbours.unbind(1)) if settled else loss
+
+    def latent_loss(
+        self, middle: Float[Tensor, "b c h w"], before: Float[Tensor, "b c h w"], after: Float[Tensor, "b c h w"]
+    ) -> Float[Tensor, ""]:
+        """L1 of the predicted x_t - x, weighted by min(1 / sigma_t, 5), on a side of the bridge drawn for each example.
+
+        For `ddpm` the mean square of the predicted noise.
+        """
+        middle, before, after = (x.repeat(self.config.draws, 1, 1, 1) for x in (middle, before, after))
+        time = torch.randint(1, self.config.times + 1, (len(middle),), device=middle.device)
+        noise = torch.randn_like(middle)
+        if self.config.objective == "ddpm":
+            noisy = self.path.add_noise(middle, time, noise)
+            return F.mse_loss(self.predict(noisy, before, after, time).float(), noise)
+        side = torch.where(torch.rand(len(middle), device=middle.device) < 0.5, 1, -1)
+        end = torch.where((side > 0)[:, None, None, None], after, before)
+        noisy = self.path.add_noise(middle, time, noise, end)
+        weight = (1 / self.path.coef(time)[2]).clamp(max=5)[:, None, None, None]
+        made = self.predict(noisy, before, after, side * time).float()
+        return (weight * (made - (noisy - middle)).abs()).mean()
+
+    def predict(
+        self, noisy: Float[Tensor, "b c h w"], before: Float[Tensor, "b c h w"], after: Float[Tensor, "b c h w"],
+        time: Tensor,
+    ) -> Float[Tensor, "b c h w"]:  # fmt: skip
+        """What the U-Net says of x_t at `time` (b,), negative on the side of the frame before."""
+        return self.unet(torch.cat([noisy, before, after], 1), self.config.times + time).sample
+
+    def grid(self, steps: int) -> Float[Tensor, "n"]:
+        """The times of `steps` evaluations: falling evenly from T, then the last two, then the data.
+
+        Raises InputError below 3 steps, since the last two and a first are needed, and above T / 2.
+        """
+        if steps < 3:
+            raise InputError(f"--steps {steps}: cbb needs 3 steps or more")
+        last = self.config.times - 1
+        if steps > self.config.times // 2:
+            raise InputError(f"--steps {steps}: more than the {last + 1} times of cbb divide into; "
+                             f"{self.config.times // 2} are the most")  # fmt: skip
+        falling = torch.arange(last, 1, -last / (steps - 2), dtype=torch.float64)[: steps - 2].floor()
+        # Time 0 is the data, so that the index of a training step counts from 1.
+        return Grids.indices([*(falling + 1).tolist(), 2.0, 1.0])
+
+    def sample_latent(
+        self, before: Float[Tensor, "b c h w"], after: Float[Tensor, "b c h w"], steps: int = STEPS, seed: int = 0,
+        eta: float = 1.0,
+    ) -> Float[Tensor, "b c h w"]:  # fmt: skip
+        """The latent of the middle from those of its neighbours, by the bridge from the one after.
+
+        With the objective `ddpm` it begins in noise of `seed`: ancestral for `eta` 1, DDIM for 0.
+        """
+        path, fresh = self.path, Fresh(seed)
+        if path.bridge:
+            start = end = after[:, None]
+            # `eta` scales the fresh noise and nothing else: what the step leaves for it stays open.
+            grid, step, noise = self.grid(steps), Universal(eta=1.0), lambda x, run: eta * fresh(x, run)
+            edits: tuple[Edit, ...] = ()
+        else:
+            start, end = torch.randn(after[:, None].shape, generator=fresh.generator).to(after.device), None
+            grid, step, noise, edits = Grids.trailing(path, steps), Universal(eta=eta), fresh, (_Bounded(),)
+
+        def network(x: Tensor, time: Tensor, cond: Cond) -> Tensor:
+            return self.predict(x[:, 0], before, after, time.long())[:, None]
+
+        latent = Latent(start.shape[2], 1, *start.shape[-2:])
+        denoiser = Plain(network, path, "difference" if path.bridge else "noise", latent)
+        return sample(denoiser, start, grid, Cond(), step=step, noise=noise, y=end, edits=edits)[0][:, 0]
+
+    @torch.inference_mode()
+    def middle(
+        self, frame0: Float[Tensor, "3 h w"], frame1: Float[Tensor, "3 h1 w1"], steps: int = STEPS, seed: int = 0,
+        eta: float = 1.0,
+    ) -> Float[Tensor, "3 h w"]:  # fmt: skip
+        """The frame halfway between two pictures in [0, 1].
+
+        Raises InputError for pictures of different sizes or with a side below 64, and for fewer than 3 steps.
+        """
+        sizes = [f"{picture.shape[2]}x{picture.shape[1]}" for picture in (frame0, frame1)]
+        if sizes[0] != sizes[1]:
+            raise InputError(f"cbb: the first picture is {sizes[0]}, the second {sizes[1]}; both must have one size")
+        _, height, width = frame0.shape
+        if min(height, width) < LEAST:
+            raise InputError(f"cbb: pictures of {sizes[0]} are too small; sides of {LEAST} or more are wanted")
+        self.grid(steps)
+        if torch.equal(frame0, frame1):
+            return frame0.clone()
+        border = (0, -width % self.config.multiple, 0, -height % self.config.multiple)
+        *hints, moving = (x.to(frame0.device) for x in aligned(frame0, frame1))
+        warped, motion = (F.pad(x[None] if x.ndim == 3 else x, border, mode="replicate") for x in hints)
+        pair = F.pad(torch.stack([frame0, frame1]), border, mode="replicate")[None]
+        neighbours, features = self.encode(pair)
+        ends = _moved(neighbours, motion) if self.config.moved else neighbours
+        code, _ = self.codebook(self.sample_latent(*ends.unbind(1), steps, seed, eta))
+        made = self.decoder(code, neighbours, features, warped[None], motion)[0, :, :height, :width].clamp(0, 1)
+        # Where nothing moves the mean is right already, and a decoder could only add to it.
+        return ((frame0 + frame1) / 2).lerp(made, moving)
+
+    def between(
+        self, frame0: Float[Tensor, "3 h w"], frame1: Float[Tensor, "3 h w"]
+    ) -> Callable[[float], Float[Tensor, "3 h w"]]:
+        """The function t -> picture of two pictures; it knows t = 0.5 only, and raises InputError for any other."""
+
+        def at(t: float) -> Tensor:
+            if t != 0.5:
+                raise InputError(f"cbb makes the middle only, not the picture at {t:g}; halve again to get there")
+            return self.middle(frame0, frame1, self.steps, self.seed, self.eta)
+
+        return at
