@@ -237,9 +237,7 @@ def methods_table(chosen: list[Card]) -> str:
     for card in chosen:
         paper = f"{card.venue} {card.year}" if card.year else "shipped model" if card.kind == "base" else "baseline"
         paper += f", [arXiv {card.arxiv}](https://arxiv.org/abs/{card.arxiv})" if card.arxiv else ""
-        ships = f"weights, {card.weights.parameters:,} parameters" if card.weights else "no weights needed"
-        if card.sizes and not card.weights:
-            ships = "fitted to each video" if card.verb == "compress" else "nothing yet: train it, or `--weights`"
+        ships = f"weights, {card.weights.parameters:,} parameters" if card.weights else card.ready
         name = f"`{card.id}`" + (" (auto)" if card.auto else "")
         rows.append(f"| {name} | {paper} | {ships} | {card.summary} |")
     return "\n".join(rows)

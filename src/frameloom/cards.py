@@ -64,6 +64,15 @@ class Card:
     weights: Weights | None = field(default=None)
 
     @property
+    def ready(self) -> str:
+        """What it takes before the method can be used, in three words."""
+        if self.weights:
+            return "shipped weights"
+        if not self.sizes:
+            return "no weights needed"
+        return "fitted per video" if self.verb == "compress" else "train it first"
+
+    @property
     def module(self) -> str:
         return self.entry.partition(":")[0]
 

@@ -33,8 +33,7 @@ def methods(
         print(f"\n{name}")
         for card in (card for card in chosen if card.verb == name):
             paper = f"{card.venue} {card.year}" if card.year else "no paper"
-            here = "shipped weights" if card.weights else "trained per video" if card.sizes else "no weights"
-            print(f"  {card.id:{width}} {'●' if card.auto else ' '}  {paper:14}  {here:17}  {card.summary}")
+            print(f"  {card.id:{width}} {'●' if card.auto else ' '}  {paper:14}  {card.ready:17}  {card.summary}")
     print("\n● is what auto takes. card ID tells more, claim ID re-measures a paper's claim, cite ID prints BibTeX")
 
 
