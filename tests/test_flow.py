@@ -9,6 +9,7 @@ import cv2
 import numpy as np
 import pytest
 import torch
+from skimage.data import astronaut
 from torch import nn
 from typer.testing import CliRunner
 
@@ -28,6 +29,7 @@ from frameloom.tasks.flow.splatflow import SplatFlow, State, aligned
 from frameloom.tasks.flow.streamflow import StreamFlow
 from frameloom.tasks.flow.videoflow import VideoFlow
 from frameloom.tasks.interpolation.dis import DIS
+from frameloom.training.pretrained import load, shipped
 from frameloom.video.clip import Clip, TensorSource
 from media import make, moving
 
@@ -262,7 +264,7 @@ def test_the_command_says_what_is_wrong_and_leaves_nothing(tmp_path):
     full = tmp_path / "full"
     full.mkdir()
     (full / "kept.txt").write_text("mine")
-    for extra, said in ((["--method", "streamflow"], "weights"), (["--format", "jpg"], "--format jpg"),
+    for extra, said in ((["--method", "raft"], "weights"), (["--format", "jpg"], "--format jpg"),
                         (["--range", "0s:0.03s"], "at least 2 frames")):  # fmt: skip
         result = CliRunner().invoke(app, ["flow", str(path), str(tmp_path / "out"), *extra])
         assert isinstance(result.exception, InputError)
@@ -403,3 +405,19 @@ def test_hidden_pixels_weigh_more_and_unlabelled_ones_nothing():
     assert float(sequence_loss([estimate_one], truth, valid, hidden, config)) == pytest.approx(0.75)
     twice = sequence_loss([estimate_one, truth], truth, valid, hidden, config)
     assert float(twice) == pytest.approx(0.75 * config.gamma)
+
+
+SHIPPED = [name for name in ("gma", "splatflow", "streamflow", "videoflow", "skflow", "raft") if shipped(name)]
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("method", SHIPPED)
+def test_what_stands_still_and_what_moves_evenly_is_seen_so(method):
+    photo = torch.from_numpy(astronaut()[100:228, 100:300].copy()).permute(2, 0, 1).float() / 255
+    model = load(method)
+    still = estimate(model, torch.stack([photo[..., 9:137]] * 4)[None], backward=True)
+    moved = estimate(model, torch.stack([photo[..., 20 - 3 * k : 148 - 3 * k] for k in range(4)])[None], backward=True)
+    way = torch.tensor([3.0, 0.0])[:, None, None]
+    for flow, truth, allowed in ((still.fwd, 0 * way, 0.05), (still.bwd, 0 * way, 0.05), (moved.fwd, way, 0.15),
+                                 (moved.bwd, -way, 0.15)):  # fmt: skip
+        assert torch.linalg.vector_norm(flow - truth, dim=2).mean() < allowed

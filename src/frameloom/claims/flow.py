@@ -1,6 +1,7 @@
 """What the claims of the flow methods share: held-out scenes of the world, and a method beside its two-frame core."""
 
 import tempfile
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -31,9 +32,13 @@ def errors(method: FlowEstimator, scenes: dict[str, Tensor]) -> dict[str, float]
 
 
 def compare(
-    method: str, core: str, paper: str, checks: dict[str, bool], seed: int, retrain: bool, progress: Progress
-) -> Result:
-    """A method against its core (same steps, batch, crops and scenes) and DIS; weights that do not ship are trained."""
+    method: str, core: str, paper: str, checks: dict[str, bool], seed: int, retrain: bool, progress: Progress,
+    note: Callable[[FlowEstimator, dict[str, Tensor]], str] | None = None,
+) -> Result:  # fmt: skip
+    """A method against its core (same steps, batch, crops and scenes) and DIS; weights that do not ship are trained.
+
+    `note` says more of the method on the scenes.
+    """
     scenes, models = held_out(seed), {"dis": DIS()}
     for name in (core, method):
         if shipped(name) and not retrain:
@@ -53,4 +58,5 @@ def compare(
         holds=gain >= 0.2 and lead > 0,
         summary=f"occluded error {100 * gain:+.1f}% lower than {core} (needs >= 20), in all {100 * lead:+.1f}% lower "
         "than dis (needs > 0)",
+        notes=[] if note is None else [note(models[method], scenes)],
     )
