@@ -115,8 +115,8 @@ A held-out scene, its true flow, that of `dis`, and that of `splatflow`:
 
 The shipped networks begin at the flow of `dis` and mend it; the published sizes begin at zero, as in their papers.
 `stream` of a method in Python takes any iterable of frames: `splatflow` holds two of them, `streamflow` a group of
-four, `videoflow` a window of ten. Above about 540p correlations are computed when they are looked up, in memory that grows
-with the picture and not with its square.
+four, `videoflow` a window of ten. Above about 540p correlations are computed when they are looked up, in memory that
+grows with the picture and not with its square.
 """,
     ),
     "stabilize": (
