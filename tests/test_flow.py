@@ -421,3 +421,11 @@ def test_what_stands_still_and_what_moves_evenly_is_seen_so(method):
     for flow, truth, allowed in ((still.fwd, 0 * way, 0.05), (still.bwd, 0 * way, 0.05), (moved.fwd, way, 0.15),
                                  (moved.bwd, -way, 0.15)):  # fmt: skip
         assert torch.linalg.vector_norm(flow - truth, dim=2).mean() < allowed
+
+
+@torch.no_grad()
+def test_what_is_kept_of_a_frame_is_what_reading_it_again_gives():
+    model, video = made(SplatFlow), rand(3, 1, 3, 32, 48)
+    _, state = model.step(video[0], video[1])
+    kept, read = (model.step(video[1], video[2], one)[0] for one in (state, state._replace(features=None)))
+    assert torch.allclose(kept, read, atol=1e-4)
