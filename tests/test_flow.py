@@ -368,7 +368,7 @@ def test_two_frames_are_too_few_for_videoflow_and_it_says_what_it_does(caplog):
     model = made(VideoFlow)
     object.__setattr__(model.config, "refinements", 1)
     assert estimate(model, scene(2, 32, 48)).fwd.shape == (1, 1, 2, 32, 48)
-    assert "both ends are mirrored" in caplog.text
+    assert "both are repeated" in caplog.text
 
 
 class OneClip(Files):
@@ -416,11 +416,13 @@ def test_what_stands_still_and_what_moves_evenly_is_seen_so(method):
     photo = torch.from_numpy(astronaut()[100:228, 100:300].copy()).permute(2, 0, 1).float() / 255
     model = load(method)
     still = estimate(model, torch.stack([photo[..., 9:137]] * 4)[None], backward=True)
-    moved = estimate(model, torch.stack([photo[..., 20 - 3 * k : 148 - 3 * k] for k in range(4)])[None], backward=True)
+    moved = estimate(model, torch.stack([photo[..., 20 - 3 * k : 148 - 3 * k] for k in range(5)])[None], backward=True)
     way = torch.tensor([3.0, 0.0])[:, None, None]
     for flow, truth, allowed in ((still.fwd, 0 * way, 0.05), (still.bwd, 0 * way, 0.05), (moved.fwd, way, 0.15),
                                  (moved.bwd, -way, 0.15)):  # fmt: skip
-        assert torch.linalg.vector_norm(flow - truth, dim=2).mean() < allowed
+        # videoflow has no third frame at the ends of a clip.
+        inner = flow[:, 1:-1] if method == "videoflow" else flow
+        assert torch.linalg.vector_norm(inner - truth, dim=2).mean() < allowed
 
 
 @torch.no_grad()

@@ -174,13 +174,13 @@ class VideoFlow(Learned, RaftCore):
     def stream(
         self, frames: Iterable[Float[Tensor, "3 h w"]], backward: bool = False
     ) -> Iterator[tuple[Tensor, Tensor | None]]:
-        """The flow of each gap, and the one back. Every frame is made a centre: the clip is mirrored by a frame at its
-        ends. Memory: one window of `config.window` centres.
+        """The flow of each gap, and the one back. Every frame is made a centre: the first and the last stand twice, and
+        their flows are less exact. Memory: one window of `config.window` centres.
         """
         window, overlap = self.config.window, self.config.overlap
-        held: list[Tensor] = []  # mirrored clip from number `base` on
+        held: list[Tensor] = []  # extended clip from number `base` on
         base, done, previous = 0, 0, None
-        for frame, final in _mirrored(frames):
+        for frame, final in _extended(frames):
             held.append(frame)
             full = len(held) == window + 2
             if not (full or final) or len(held) < 3:
@@ -220,18 +220,18 @@ def _fetch(state: Float[Tensor, "n s h w"], flows: Float[Tensor, "n 4 h w"], cen
     return backward_warp(after, forward, padding="zeros")[0], backward_warp(before, back, padding="zeros")[0]
 
 
-def _mirrored(frames: Iterable[Tensor]) -> Iterator[tuple[Tensor, bool]]:
-    """Frames 1, 0, 1, ..., t - 1, t - 2, and whether each is the last."""
-    before: list[Tensor] = []
-    number = 0
+def _extended(frames: Iterable[Tensor]) -> Iterator[tuple[Tensor, bool]]:
+    """Frames 0, 0, 1, ..., t - 1, t - 1, and whether each is the last.
+
+    A mirrored clip would turn back at its ends, which no training clip does: twice the error there.
+    """
+    number, last = -1, None
     for number, frame in enumerate(frames):
-        if number == 1:
+        if number == 0:
             yield frame, False
-            yield before[-1], False
-        if number >= 1:
-            yield frame, False
-        before = [*before[-1:], frame]
-    if len(before) == 2:
-        if number == 1:
-            log.warning("videoflow looks at three frames and there are two: both ends are mirrored")
-        yield before[0], True
+        yield frame, False
+        last = frame
+    if number == 1:
+        log.warning("videoflow looks at three frames and there are two: both are repeated")
+    if number >= 1:
+        yield last, True
