@@ -19,7 +19,7 @@ from frameloom.diffusion.memory import peak
 from frameloom.errors import InputError
 from frameloom.motion.correlation import CorrPyramid, LazyCorr
 from frameloom.motion.flowio import encode_flow, read_flow
-from frameloom.motion.raft import sequence_loss
+from frameloom.motion.raft import Affinity, Aggregate, sequence_loss
 from frameloom.motion.twins import Twins
 from frameloom.motion.warp import forward_splat
 from frameloom.tasks.flow.base import estimate
@@ -431,3 +431,10 @@ def test_what_is_kept_of_a_frame_is_what_reading_it_again_gives():
     _, state = model.step(video[0], video[1])
     kept, read = (model.step(video[1], video[2], one)[0] for one in (state, state._replace(features=None)))
     assert torch.allclose(kept, read, atol=1e-4)
+
+
+@torch.no_grad()
+def test_attention_over_cells_keeps_no_square_of_them():
+    cells, block = 48 * 64, Aggregate(32)
+    look = Affinity(32)(rand(1, 32, 48, 64))
+    assert peak(lambda: block(look, rand(1, 32, 48, 64))) < cells**2 * 4 / 4
