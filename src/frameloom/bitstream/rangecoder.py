@@ -18,6 +18,7 @@ TOTAL = 1 << 16
 MAX_ALPHABET = 1 << 12
 # A stream of one repeated symbol takes next to no bytes, so its length cannot be bounded by the file's.
 MAX_SYMBOLS = 1 << 27
+_EACH = constriction.stream.model.Categorical(perfect=False)
 
 
 def table_from_counts(counts: Integer[np.ndarray, "k"]) -> Integer[np.ndarray, "k"]:
@@ -57,6 +58,14 @@ class Encoder:
             raise ValueError("a symbol lies outside its table")
         self._coder.encode(symbols.astype(np.int32), _model(table))
 
+    def put_each(self, symbols: Integer[np.ndarray, "n"], tables: Integer[np.ndarray, "n k"]) -> None:
+        """Take symbols, each under a table of its own."""
+        if not len(symbols):
+            return
+        if not (symbols.min() >= 0 and symbols.max() < tables.shape[1]):
+            raise ValueError("a symbol lies outside its table")
+        self._coder.encode(symbols.astype(np.int32), _EACH, tables.astype(np.float64) / TOTAL)
+
     def to_bytes(self) -> bytes:
         return self._coder.get_compressed().astype("<u4").tobytes()
 
@@ -79,6 +88,15 @@ class Decoder:
         if count and symbols.max() >= len(table):
             raise InputError("the coded symbols are damaged")
         return symbols
+
+    def get_each(self, tables: Integer[np.ndarray, "n k"]) -> Integer[np.ndarray, "n"]:
+        """As many symbols as there are tables, each under its own."""
+        if not len(tables):
+            return np.zeros(0, np.int32)
+        try:
+            return self._coder.decode(_EACH, tables.astype(np.float64) / TOTAL)
+        except AssertionError:
+            raise InputError("the coded symbols are damaged") from None
 
 
 def pack_symbols(symbols: Integer[np.ndarray, "n"], alphabet: int) -> bytes:

@@ -1,0 +1,202 @@
+"""What an integer costs: Gaussians with a mean and a scale of their own, and a density that is learned.
+
+Each model has two faces. For training it is differentiable: bits = -log2( F(x + 1/2) - F(x - 1/2) ). For a file it is
+a row of integer frequencies, made in double precision on the CPU by `gaussian_table` or `FactorisedPrior.tables`
+from numbers that both sides hold, and a value that no row covers is escaped, never clamped.
+
+J. Ballé, D. Minnen, S. Singh, S. J. Hwang, N. Johnston, Variational image compression with a scale hyperprior, ICLR
+2018, arXiv 1802.01436; D. Minnen, J. Ballé, G. Toderici, Joint autoregressive and hierarchical priors for learned
+image compression, NeurIPS 2018, arXiv 1809.02736.
+"""
+
+import zlib
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float, Int, Integer
+from scipy.special import ndtr
+from torch import Tensor, nn
+
+from frameloom.bitstream.rangecoder import Decoder, Encoder, table_from_probabilities
+from frameloom.errors import InputError
+
+SCALES = np.exp(np.linspace(np.log(0.11), np.log(256.0), 64))
+FRACTIONS = 16  # means are kept to a sixteenth, so that the last bit of a float rarely moves a table
+_TAIL = 4.5  # standard deviations that a table covers to each side
+_ROWS = 1 << 22  # numbers of a batch of tables, at most
+# An escaped value is written in base 16, each digit with a mark of whether another follows.
+_DIGITS = np.full(32, 1 << 11, np.int64)
+_MOST_DIGITS = 8
+
+
+class _Round(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x: Tensor) -> Tensor:
+        return x.round()
+
+    @staticmethod
+    def backward(ctx, gradient: Tensor) -> Tensor:
+        return gradient
+
+
+def rounded(x: Float[Tensor, "..."]) -> Float[Tensor, "..."]:
+    """The nearest integers; the gradient passes as if nothing had happened (straight-through)."""
+    return _Round.apply(x)
+
+
+def noisy(x: Float[Tensor, "..."]) -> Float[Tensor, "..."]:
+    """`x` plus noise between -1/2 and 1/2: what rounding looks like to a density while training."""
+    return x + torch.rand_like(x) - 0.5
+
+
+def gaussian_bits(
+    values: Float[Tensor, "..."], mean: Float[Tensor, "..."], scale: Float[Tensor, "..."], floor: float = 1e-9
+) -> Float[Tensor, "..."]:
+    """Bits of each value under N(mean, scale^2) integrated over one integer; differentiable. `floor` bounds them."""
+    # By symmetry both ends are taken on the side where the distribution function does not saturate at 1.
+    distance = (values - mean).abs()
+    upper, lower = (0.5 - distance) / scale, (-0.5 - distance) / scale
+    return -torch.log2(torch.special.ndtr(upper) - torch.special.ndtr(lower) + floor)
+
+
+def gaussian_table(mean: float, scale: float, low: int, high: int) -> Integer[np.ndarray, "k"]:
+    """Frequencies of the integers low..high under N(mean, scale^2), and of an escape after them."""
+    edges = np.arange(low, high + 2, dtype=np.float64) - 0.5 - mean
+    below = ndtr(edges / scale)
+    above = ndtr(-edges / scale)
+    inside = np.where(edges[:-1] > 0, above[:-1] - above[1:], below[1:] - below[:-1])
+    return table_from_probabilities(np.append(inside, below[0] + above[-1]))
+
+
+class Gaussians:
+    """Codes integers, each under its own Gaussian, whose mean and scale the two sides compute alike.
+
+    Scales go to the nearest (in ratio) of 64 between 0.11 and 256, means to a sixteenth, so there are 1,024 tables.
+    """
+
+    def __init__(self) -> None:
+        self._tables: dict[int, Integer[np.ndarray, "16 k"]] = {}
+
+    def put(self, coder: Encoder, values: Int[Tensor, "n"], means: Float[Tensor, "n"], scales: Float[Tensor, "n"]):
+        """Take values in; the same means and scales, in the same order, get them back."""
+        values = values.cpu().numpy().astype(np.int64)
+        for which, tables, lows in self._groups(means, scales):
+            put_values(coder, values[which], tables, lows)
+
+    def get(self, coder: Decoder, means: Float[Tensor, "n"], scales: Float[Tensor, "n"]) -> Int[Tensor, "n"]:
+        """The values that `put` took. Raises InputError for bytes that it cannot have made."""
+        values = np.zeros(len(means), np.int64)
+        for which, tables, lows in self._groups(means, scales):
+            values[which] = get_values(coder, tables, lows)
+        return torch.from_numpy(values)
+
+    def _groups(self, means: Float[Tensor, "n"], scales: Float[Tensor, "n"]):
+        """Values of one scale at a time: which they are, their tables and the integer where each begins."""
+        means, scales = (x.detach().cpu().numpy().astype(np.float64) for x in (means, scales))
+        if not (np.isfinite(means).all() and np.isfinite(scales).all()):
+            raise InputError("the entropy model's numbers are not finite")
+        step = np.log(SCALES[1] / SCALES[0])
+        level = np.round(np.log(np.clip(scales, SCALES[0], SCALES[-1]) / SCALES[0]) / step).astype(np.int64)
+        sixteenths = np.round(np.clip(means, -1e6, 1e6) * FRACTIONS).astype(np.int64)
+        whole, fraction = sixteenths // FRACTIONS, sixteenths % FRACTIONS
+        for scale in np.unique(level):
+            every = np.flatnonzero(level == scale)
+            tables = self._of(int(scale))
+            reach = (tables.shape[1] - 3) // 2
+            batch = max(1, _ROWS // tables.shape[1])
+            for start in range(0, len(every), batch):
+                which = every[start : start + batch]
+                yield which, tables[fraction[which]], whole[which] - reach
+
+    def _of(self, scale: int) -> Integer[np.ndarray, "16 k"]:
+        if scale not in self._tables:
+            reach = int(np.ceil(_TAIL * SCALES[scale])) + 1
+            rows = [gaussian_table(f / FRACTIONS, SCALES[scale], -reach, reach + 1) for f in range(FRACTIONS)]
+            self._tables[scale] = np.stack(rows)
+        return self._tables[scale]
+
+    def digest(self) -> int:
+        """A checksum of all tables: two machines that agree on it decode each other's files."""
+        return zlib.crc32(b"".join(self._of(scale).astype("<i4").tobytes() for scale in range(len(SCALES))))
+
+
+class FactorisedPrior(nn.Module):
+    """A density for each channel, learned: F is a chain of x <- softplus(h) x + b, x <- x + tanh(a) tanh(x).
+
+    The chain ends in a sigmoid, so F rises from 0 to 1 whatever its parameters. Its coefficients are not bounded by
+    a family of shapes, and one chain of `steps` per channel is all there is to store.
+    """
+
+    def __init__(self, channels: int, steps: int = 4) -> None:
+        super().__init__()
+        self.stretch = nn.Parameter(0.01 * torch.randn(steps, channels))
+        self.shift = nn.Parameter(0.01 * torch.randn(steps, channels))
+        self.bend = nn.Parameter(0.01 * torch.randn(steps - 1, channels))
+
+    def logits(self, x: Float[Tensor, "n c"]) -> Float[Tensor, "n c"]:
+        """F before its sigmoid."""
+        for step in range(len(self.stretch)):
+            x = F.softplus(self.stretch[step]) * x + self.shift[step]
+            if step < len(self.bend):
+                x = x + torch.tanh(self.bend[step]) * torch.tanh(x)
+        return x
+
+    def bits(self, values: Float[Tensor, "n c"], floor: float = 1e-9) -> Float[Tensor, "n c"]:
+        """Bits of each value, integrated over one integer; differentiable."""
+        lower, upper = self.logits(values - 0.5), self.logits(values + 0.5)
+        # Where both ends lie near 1, the same difference is taken from the other side, where it is not lost.
+        side = -torch.sign(lower + upper).detach()
+        inside = (torch.sigmoid(side * upper) - torch.sigmoid(side * lower)).abs()
+        return -torch.log2(inside + floor)
+
+    @torch.no_grad()
+    def tables(self, low: int, high: int) -> Integer[np.ndarray, "c k"]:
+        """Frequencies of the integers low..high for every channel, and of an escape after them."""
+        twin = FactorisedPrior(self.stretch.shape[1], len(self.stretch)).double()
+        twin.load_state_dict({name: value.detach().cpu().double() for name, value in self.state_dict().items()})
+        edges = torch.arange(low, high + 2, dtype=torch.float64) - 0.5
+        logits = twin.logits(edges[:, None].expand(-1, self.stretch.shape[1]))
+        below, above = torch.sigmoid(logits).numpy(), torch.sigmoid(-logits).numpy()
+        inside = np.where(below[:-1] > 0.5, above[:-1] - above[1:], below[1:] - below[:-1])
+        every = np.concatenate([inside, (below[0] + above[-1])[None]])
+        return np.stack([table_from_probabilities(column) for column in every.T])
+
+
+def put_values(
+    coder: Encoder,
+    values: Integer[np.ndarray, "n"],
+    tables: Integer[np.ndarray, "n k"],
+    lows: Integer[np.ndarray, "n"],
+) -> None:
+    """Code values whose tables begin at `lows` and end in an escape; what is escaped follows, digit by digit."""
+    escape = tables.shape[1] - 1
+    symbols = values - lows
+    outside = (symbols < 0) | (symbols >= escape)
+    coder.put_each(np.where(outside, escape, symbols), tables)
+    digits: list[int] = []
+    for distance in symbols[outside].tolist():
+        number = 2 * distance if distance >= 0 else -2 * distance - 1
+        spelled = [number >> shift & 15 for shift in range(0, max(number.bit_length(), 1), 4)]
+        if len(spelled) > _MOST_DIGITS:
+            raise ValueError(f"{distance} is too far from what was expected to be coded")
+        digits += [digit + 16 * (place + 1 < len(spelled)) for place, digit in enumerate(spelled)]
+    coder.put(np.array(digits, np.int64), _DIGITS)
+
+
+def get_values(
+    coder: Decoder, tables: Integer[np.ndarray, "n k"], lows: Integer[np.ndarray, "n"]
+) -> Integer[np.ndarray, "n"]:
+    """The values that `put_values` coded. Raises InputError for an escape that never ends."""
+    symbols = coder.get_each(tables).astype(np.int64)
+    for place in np.flatnonzero(symbols == tables.shape[1] - 1):
+        number = 0
+        for digit in range(_MOST_DIGITS + 1):
+            if digit == _MOST_DIGITS:
+                raise InputError("the coded symbols are damaged")
+            (read,) = coder.get(1, _DIGITS)
+            number |= int(read & 15) << 4 * digit
+            if read < 16:
+                break
+        symbols[place] = number // 2 if number % 2 == 0 else -(number + 1) // 2
+    return symbols + lows

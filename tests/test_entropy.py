@@ -1,0 +1,157 @@
+"""Probability models of integers: what they charge, what they code, and what damaged bytes end in."""
+
+import contextlib
+import random
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from frameloom.bitstream.entropy import (
+    SCALES,
+    FactorisedPrior,
+    Gaussians,
+    gaussian_bits,
+    gaussian_table,
+    get_values,
+    noisy,
+    put_values,
+    rounded,
+)
+from frameloom.bitstream.rangecoder import MAX_ALPHABET, TOTAL, Decoder, Encoder
+from frameloom.errors import InputError
+
+GAUSSIANS = Gaussians()
+
+
+def drawn(seed: int, count: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Values with the means and scales that they come from, scales from below the least table to 30."""
+    chance = torch.Generator().manual_seed(seed)
+    means = 20 * torch.randn(count, generator=chance)
+    scales = torch.exp(torch.rand(count, generator=chance) * 6 - 2.5)
+    return (means + scales * torch.randn(count, generator=chance)).round().long(), means, scales
+
+
+def there_and_back(values, means, scales) -> torch.Tensor:
+    coder = Encoder()
+    GAUSSIANS.put(coder, values, means, scales)
+    return GAUSSIANS.get(Decoder(coder.to_bytes()), means, scales)
+
+
+@settings(max_examples=25, deadline=None)
+@given(seed=st.integers(0, 2**31), count=st.integers(0, 300), far=st.integers(-(2**30), 2**30))
+def test_gaussian_values_come_back_however_unlikely(seed, count, far):
+    values, means, scales = drawn(seed, count)
+    if count:
+        values[seed % count] = far
+    assert torch.equal(there_and_back(values, means, scales), values)
+
+
+def test_gaussian_files_are_as_long_as_the_bits_say():
+    values, means, scales = drawn(0, 20_000)
+    scales = scales.clamp(min=SCALES[0])
+    coder = Encoder()
+    GAUSSIANS.put(coder, values, means, scales)
+    bits = float(gaussian_bits(values.double(), means.double(), scales.double(), 1e-12).sum())
+    assert 8 * len(coder.to_bytes()) == pytest.approx(bits, rel=0.005)
+
+
+def test_gaussian_bits_have_gradients_far_from_the_mean_on_both_sides():
+    values = torch.tensor([-8.0, 8.0], requires_grad=True)
+    bits = gaussian_bits(values, torch.zeros(2), torch.full((2,), 1.5), 1e-12)
+    bits.sum().backward()
+    torch.testing.assert_close(bits[0], bits[1])
+    assert values.grad[1] > 1
+    torch.testing.assert_close(values.grad[0], -values.grad[1])
+
+
+def test_gaussian_tables_sum_to_their_total_and_leave_nothing_out():
+    for mean, scale, low, high in [(0.3, 0.11, -2, 3), (-7.9, 256.0, -1160, 1150), (500.0, 1.0, -3, 3)]:
+        table = gaussian_table(mean, scale, low, high)
+        assert table.sum() == TOTAL
+        assert table.min() >= 1
+        assert len(table) == high - low + 2 <= MAX_ALPHABET
+    wide = gaussian_table(0.0, 2.0, -12, 12)
+    np.testing.assert_allclose(wide[:-1], wide[:-1][::-1], atol=2)
+
+
+def test_the_digest_tells_one_set_of_tables_from_another():
+    other = Gaussians()
+    assert other.digest() == GAUSSIANS.digest()
+    other._tables[5][3, 2] += 1
+    assert other.digest() != GAUSSIANS.digest()
+
+
+def test_rounding_lets_gradients_through_and_noise_stays_within_half():
+    x = torch.linspace(-3, 3, 50, requires_grad=True)
+    (rounded(x) * 2).sum().backward()
+    assert (x.grad == 2).all()
+    assert torch.equal(rounded(x), x.round())
+    assert ((noisy(x) - x).abs() <= 0.5).all()
+
+
+def learned_prior() -> FactorisedPrior:
+    """A prior fitted to two channels: a narrow one about 3 and a wide one about -5."""
+    torch.manual_seed(0)
+    prior = FactorisedPrior(2)
+    optimiser = torch.optim.Adam(prior.parameters(), 0.05)
+    for _ in range(400):
+        values = torch.randn(256, 2) * torch.tensor([1.0, 6.0]) + torch.tensor([3.0, -5.0])
+        loss = prior.bits(noisy(values)).mean()
+        optimiser.zero_grad()
+        loss.backward()
+        optimiser.step()
+    return prior
+
+
+def test_a_factorised_prior_learns_a_density_near_its_entropy():
+    prior = learned_prior()
+    values = (torch.randn(20_000, 2) * torch.tensor([1.0, 6.0]) + torch.tensor([3.0, -5.0])).round()
+    charged = prior.bits(values).mean(0)
+    entropy = 0.5 * torch.log2(2 * torch.pi * torch.e * torch.tensor([1.0 + 1 / 12, 36.0]))
+    assert (charged < entropy + 0.1).all()
+
+
+def test_factorised_files_are_as_long_as_the_bits_say():
+    prior = learned_prior()
+    values = (torch.randn(5_000, 2) * torch.tensor([1.0, 6.0]) + torch.tensor([3.0, -5.0])).round()
+    tables = prior.tables(-40, 40)
+    assert (tables.sum(1) == TOTAL).all()
+    coder = Encoder()
+    channels = np.tile([0, 1], 5_000)
+    flat = values.flatten().long().numpy()
+    put_values(coder, flat, tables[channels], np.full(10_000, -40))
+    data = coder.to_bytes()
+    assert 8 * len(data) == pytest.approx(float(prior.bits(values).detach().sum()), rel=0.005)
+    np.testing.assert_array_equal(get_values(Decoder(data), tables[channels], np.full(10_000, -40)), flat)
+
+
+def test_the_density_rises_from_0_to_1_whatever_its_parameters():
+    torch.manual_seed(1)
+    prior = FactorisedPrior(5)
+    with torch.no_grad():
+        for parameter in prior.parameters():
+            parameter.normal_(0, 2)
+    x = torch.linspace(-50, 50, 1001)[:, None].expand(-1, 5)
+    assert (prior.logits(x).diff(dim=0) >= 0).all()
+
+
+def test_numbers_that_are_not_finite_are_refused():
+    with pytest.raises(InputError, match="not finite"):
+        GAUSSIANS.put(Encoder(), torch.zeros(1).long(), torch.tensor([float("nan")]), torch.ones(1))
+
+
+def test_mutated_streams_end_in_values_or_in_an_error():
+    values, means, scales = drawn(3, 200)
+    coder = Encoder()
+    GAUSSIANS.put(coder, values, means, scales)
+    data = coder.to_bytes()
+    chance = random.Random(0)
+    for _ in range(300):
+        broken = bytearray(data)
+        for _ in range(chance.randint(1, 6)):
+            broken[chance.randrange(len(broken))] = chance.randrange(256)
+        with contextlib.suppress(InputError):
+            assert GAUSSIANS.get(Decoder(bytes(broken)), means, scales).shape == values.shape
