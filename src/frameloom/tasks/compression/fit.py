@@ -98,9 +98,9 @@ def descend(
 ) -> int:
     """Step after step on `loss_at(step)`, every learning rate times `schedule(share done)`; the steps it came to.
 
-    Ends after `steps` steps (None: only `minutes` counts), after `minutes` (the schedule then runs by whichever is further along), or as soon as
-    `reached(steps done)` says so. Step k draws its chance from the seed and k alone, so that with a `state` a killed
-    fit goes on to the same weights (unless `minutes` ruled it, since time is never the same twice).
+    Ends after `steps` steps (None: only `minutes` counts), after `minutes` (the schedule then runs by whichever is
+    further along), or as soon as `reached(steps done)` says so. Step k draws its chance from the seed and k alone, so
+    that with a `state` a killed fit goes on to the same weights (unless `minutes` ruled it: no two runs take as long).
 
     Raises:
         InputError: the loss is no finite number any more; the step is named.
