@@ -19,7 +19,8 @@ import torch.nn.functional as F
 from frameloom.cards import card
 from frameloom.metrics import bits_per_pixel, ms_ssim, psnr
 from frameloom.tasks.compression.fit import fit
-from frameloom.tasks.compression.hnerv import HNeRV, Learner
+from frameloom.tasks.compression.hnerv import HNeRV
+from frameloom.tasks.compression.nerv import Learner
 from frameloom.video.clip import Clip
 
 

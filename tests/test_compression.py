@@ -81,6 +81,16 @@ def test_a_size_that_cannot_be_met_is_refused_with_the_least(method):
         CODECS[method].encode(moving(4), size=300)
 
 
+@pytest.mark.parametrize("method", ["x264", "av1"])
+def test_a_psnr_is_met_by_the_smallest_file_that_has_it(tmp_path, method):
+    clip = moving(6)
+    report = compress(clip, tmp_path / "out.flm", method, quality="38dB")
+    found = psnr(decompress(tmp_path / "out.flm").tensor(), clip.tensor())
+    assert 38 <= found < 40
+    better = compress(clip, tmp_path / "better.flm", method, quality="40 dB")
+    assert better.bytes > report.bytes
+
+
 @pytest.mark.parametrize("method", CODECS)
 def test_odd_and_small_frames_keep_their_size(method):
     clip = moving(3, 37, 45)

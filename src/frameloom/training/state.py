@@ -56,8 +56,13 @@ def load_state(
         if module is not None:
             module.load_state_dict(parts.get(part, {}))
     slots: list[dict[int, dict[str, Tensor]]] = [{} for _ in optimisers]
+    parameters = [[one for group in optimiser.param_groups for one in group["params"]] for optimiser in optimisers]
     for name, value in parts.get("optimiser", {}).items():
         which, number, slot = name.split(".")
+        like = parameters[int(which)][int(number)]
+        if value.shape == like.shape:
+            # In the parameter's own memory layout: fused optimisers pair numbers by where they lie.
+            value = torch.empty_like(like, device="cpu", dtype=value.dtype).copy_(value)
         slots[int(which)].setdefault(int(number), {})[slot] = value
     for optimiser, kept in zip(optimisers, slots, strict=True):
         optimiser.load_state_dict({"state": kept, "param_groups": optimiser.state_dict()["param_groups"]})

@@ -24,6 +24,7 @@ from frameloom.cards import card, chosen
 from frameloom.errors import InputError
 from frameloom.metrics.rate import bits_per_pixel
 from frameloom.progress import Progress, silent
+from frameloom.tasks.compression.fit import State
 from frameloom.video.clip import Clip, Frame, Info, Source
 from frameloom.video.times import RegularTimes
 
@@ -64,6 +65,9 @@ def compress(
     method: str = "auto",
     *,
     size: int | None = None,
+    bpp: float | None = None,
+    quality: float | int | str | None = None,
+    resume: bool = False,
     seed: int = 0,
     device: str = "cpu",
     progress: Progress = silent,
@@ -71,31 +75,68 @@ def compress(
 ) -> Report:
     """Write `clip` to `path` as a `.flm` file. Pictures only: sound is not stored.
 
-    `size` is the number of bytes to aim for. `method="auto"` is a conventional codec, because at equal size
-    those measure best on ordinary clips; learned codecs are asked for by name. Further settings go to the
-    method (`epochs`, `strides`, `fit`, `loss` for `hnerv` and `nerv`; `quality`, `preset` for `x264`, `x265`,
-    `av1`). The file appears under its name only when it is complete.
+    `size` is the number of bytes that the file may have; `bpp` says the same in bits a pixel; `quality="35dB"` is the
+    PSNR that the decoded frames shall have (a plain number is a conventional codec's own rate factor).
+    `method="auto"` is a conventional codec, because at equal size those measure best on ordinary clips; learned codecs
+    are asked for by name. Further settings go to the method (`epochs`, `minutes`, `strides`, `fit`, `loss` for those
+    that fit a network; `preset` for `x264`, `x265`, `av1`). The file appears under its name only when it is complete.
+
+    A fit keeps its state beside the file while it is under way; after a kill, the same call with `resume` goes on
+    to the same file.
 
     Raises InputError for a setting that the method does not have, and for what the method itself refuses.
     """
     path = Path(path)
     if not path.parent.is_dir():
         raise InputError(f"{path}: there is no folder {path.parent}")
+    if bpp is not None:
+        if size is not None:
+            raise InputError("--bpp and --size: give one of the two")
+        if not 0 < bpp < 100:
+            raise InputError(f"--bpp {bpp:g}: bits a pixel are above 0")
+        size = int(bpp * len(clip) * clip.info.width * clip.info.height / 8)
     if size is not None and size < 1:
         raise InputError(f"--size {size}: the size to aim for is 1 byte or more")
     method = chosen(method, "compress")
     codec = card(method, "compress").load_class()
-    given = {key: value for key, value in settings.items() if value is not None}
     known = set(introspection.signature(codec.encode).parameters) - {"clip"}
+    if quality is not None:
+        settings |= _quality(quality, method, known)
+    given = {key: value for key, value in settings.items() if value is not None}
     if unknown := sorted(set(given) - known):
-        own = sorted(known - {"size", "seed", "device", "progress"})
+        own = sorted(known - {"size", "seed", "device", "progress", "state", "psnr"})
         raise InputError(f"--{unknown[0]}: {method} has no such setting; it has {', '.join(own)}")
+    state = None
+    if "state" in known:
+        about = f"{method} {size} {seed} {sorted(given.items())} {clip.source.fingerprint()}"
+        given["state"] = state = State(path.with_name(f".{path.name}.state"), about, resume)
+    elif resume:
+        raise InputError(f"--resume: {method} keeps nothing to go on with; it begins anew in a moment")
     started = time.perf_counter()
     data = codec.encode(clip, size=size, seed=seed, device=device, progress=progress, **given)
     _write_whole(path, data)
+    if state is not None:
+        state.forget()
     header = parse(data).header
     rate = bits_per_pixel(len(data), header.frames, header.height, header.width)
     return Report(path, method, len(data), rate, time.perf_counter() - started)
+
+
+def _quality(quality: float | int | str, method: str, known: set[str]) -> dict[str, float]:
+    """`35dB` as the setting `psnr`, a plain number as the setting `quality`."""
+    text = str(quality).strip()
+    wanted = text.lower().removesuffix("db")
+    try:
+        value = float(wanted)
+    except ValueError:
+        raise InputError(f"--quality {text}: a quality is a PSNR such as 35dB, or a codec's own number") from None
+    name = "psnr" if wanted != text.lower() else "quality"
+    if name not in known:
+        means = "a PSNR such as 35dB" if "psnr" in known else "nothing that it can aim at"
+        raise InputError(f"--quality {text}: {method} takes {means}")
+    if name == "psnr" and not 5 <= value <= 80:
+        raise InputError(f"--quality {text}: a PSNR to aim at is 5 to 80 dB")
+    return {name: value}
 
 
 def decompress(source: str | Path | bytes, frames: Sequence[int] | None = None) -> Clip:

@@ -18,6 +18,8 @@ from frameloom.training.state import load_more, load_state, read_facts, save_sta
 
 Loss = Callable[[Tensor, Tensor], Tensor]
 
+KEEP_EVERY = 30.0  # seconds between two saves of a fit's state
+
 LOSSES: dict[str, Loss] = {
     "l2": F.mse_loss,
     "fusion6": lambda out, target: 0.7 * F.l1_loss(out, target) + 0.3 * (1 - ssim(out, target)),
@@ -49,7 +51,6 @@ class State:
     path: Path
     about: str
     resume: bool = False
-    every: float = 30.0
     stage: int = 0
     step: int = 0
     elapsed: float = 0.0
@@ -75,6 +76,11 @@ class State:
         """Put the kept weights into place; the steps and seconds that they took."""
         load_state(self.path, {"module": module}, optimisers)
         return self.step, self.elapsed
+
+    def restart(self, **more: Tensor) -> None:
+        """From the first stage again, with `more` remembered: the next fit is of another network."""
+        self.stage, self.step, self.elapsed = 0, 0, 0.0
+        self.more |= more
 
     def forget(self) -> None:
         """Remove the file: the fit has ended well."""
@@ -138,7 +144,7 @@ def descend(
                     optimiser.step()
                 done += 1
                 progress(label, done, steps)
-                if state is not None and time.monotonic() - kept > state.every:
+                if state is not None and time.monotonic() - kept > KEEP_EVERY:
                     kept = time.monotonic()
                     state.keep(stage, done, before + kept - begun, module, optimisers)
                 if reached is not None and reached(done):
