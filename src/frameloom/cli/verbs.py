@@ -245,12 +245,17 @@ def compress(
     input: options.Input,
     output: Annotated[Path, typer.Argument(help="the file to make: .flm")],
     method: options.Method = "auto",
-    size: Annotated[str | None, typer.Option(help="bytes to aim for: 60000, 250k, 1.5M")] = None,
+    size: Annotated[str | None, typer.Option(help="bytes at most: 60000, 250k, 1.5M")] = None,
+    bpp: Annotated[float | None, typer.Option(help="bits a pixel at most, in place of a size")] = None,
+    quality: Annotated[str | None, typer.Option(help="a PSNR to reach, 35dB; or a conventional codec's crf")] = None,
+    minutes: Annotated[float | None, typer.Option(help="how long a codec that learns the video may take")] = None,
     epochs: Annotated[int | None, typer.Option(help="passes over the video, for codecs that learn it")] = None,
+    base: Annotated[str | None, typer.Option(help="the network that boost-nerv boosts: hnerv or nerv")] = None,
     strides: Annotated[str | None, typer.Option(help="upsampling of a learned codec, such as 5,4,4,2,2")] = None,
     fit: Annotated[str | None, typer.Option(help="pad or crop frames that the strides do not divide")] = None,
-    quality: Annotated[float | None, typer.Option(help="crf of a conventional codec")] = None,
     preset: options.Preset = None,
+    set: Annotated[list[str] | None, typer.Option(help="a setting of the method's own, such as gop=24")] = None,
+    resume: options.Resume = False,
     seed: options.Seed = 0,
     device: options.Device = "cpu",
     stream: options.Stream = 0,
@@ -262,7 +267,7 @@ def compress(
 ) -> None:
     """Store a video in one .flm file, by a neural codec or a conventional one."""
     from frameloom.cli import terminal
-    from frameloom.cli.chain import parse_numbers, parse_size
+    from frameloom.cli.chain import parse_numbers, parse_settings, parse_size
     from frameloom.tasks.compression import compress as verb
     from frameloom.video.reader import read
     from frameloom.video.writer import check_target
@@ -271,10 +276,11 @@ def compress(
     clip = read(input, stream=stream, range=range, rate=rate, deinterlace=deinterlace, keep_readable=keep_readable)
     check_target(output, clip.source.inputs())
     terminal.say(terminal.describe(clip, Path(input).name))
+    own = {"epochs": epochs, "minutes": minutes, "base": base, "strides": parse_numbers(strides, "--strides"),
+           "fit": fit, "preset": preset} | parse_settings(set or [])  # fmt: skip
     with terminal.bar("steps") as progress:
-        report = verb(clip, output, method, size=parse_size(size), seed=seed, device=device, progress=progress,
-                      epochs=epochs, strides=parse_numbers(strides, "--strides"), fit=fit, quality=quality,
-                      preset=preset)  # fmt: skip
+        report = verb(clip, output, method, size=parse_size(size), bpp=bpp, quality=quality, resume=resume, seed=seed,
+                      device=device, progress=progress, **own)  # fmt: skip
     if json:
         terminal.emit(vars(report))
         return
@@ -286,6 +292,7 @@ def decompress(
     input: Annotated[Path, typer.Argument(help="a .flm file")],
     output: options.Output,
     frames: Annotated[str | None, typer.Option(help="only these, in this order: 17, 10:40, 0,10:20")] = None,
+    region: Annotated[str | None, typer.Option(help="only this part of every frame: x,y,width,height")] = None,
     codec: options.Codec = "h264",
     crf: options.Crf = None,
     preset: options.Preset = None,
@@ -295,13 +302,13 @@ def decompress(
     """Make a video of a .flm file, or of any frames of it."""
     from frameloom.cli import terminal
     from frameloom.tasks.compression import decompress as verb
-    from frameloom.tasks.compression.base import parse_frames
+    from frameloom.tasks.compression.base import parse_frames, parse_region
 
     terminal.listen()
-    clip = verb(input)
+    clip = verb(input, region=parse_region(region))
     terminal.say(terminal.describe(clip, input.name))
     if frames is not None:
-        clip = verb(input, parse_frames(frames, len(clip)))
+        clip = verb(input, parse_frames(frames, len(clip)), parse_region(region))
     finish(clip, output, codec=codec, crf=crf, preset=preset, resume=resume, json=json)
 
 

@@ -139,23 +139,30 @@ def _quality(quality: float | int | str, method: str, known: set[str]) -> dict[s
     return {name: value}
 
 
-def decompress(source: str | Path | bytes, frames: Sequence[int] | None = None) -> Clip:
+Region = tuple[int, int, int, int]
+
+
+def decompress(source: str | Path | bytes, frames: Sequence[int] | None = None, region: Region | None = None) -> Clip:
     """The clip in a `.flm` file; each frame is decoded when it is asked for.
 
-    `frames` picks frames by number, in any order; they are then shown at the file's own rate.
-    Raises InputError for a damaged file, a method that is not installed and frames that are not there.
+    `frames` picks frames by number, in any order; they are then shown at the file's own rate. `region` is x, y, width
+    and height of a part of every frame.
+    Raises InputError for a damaged file, a method that is not installed, frames and regions that are not there.
     """
     data, origin = _load(source)
     whole = CompressedSource(data, origin)
-    if frames is None:
-        return Clip(whole)
-    chosen = list(frames)
-    if not chosen:
+    if region is not None:
+        x, y, width, height = region
+        wide, tall = whole.header.width, whole.header.height
+        if not (0 <= x < x + width <= wide and 0 <= y < y + height <= tall):
+            raise InputError(f"--region {x},{y},{width},{height}: not within {origin}, which is {wide}x{tall}")
+    chosen = None if frames is None else list(frames)
+    if chosen == []:
         raise InputError("--frames: no frame is chosen")
-    for number in chosen:
+    for number in chosen or []:
         if not 0 <= number < whole.header.frames:
             raise InputError(f"--frames {number}: {origin} has frames 0 to {whole.header.frames - 1}")
-    return Clip(CompressedSource(data, origin, chosen))
+    return Clip(CompressedSource(data, origin, chosen, region))
 
 
 def inspect(source: str | Path | bytes) -> dict[str, Any]:
@@ -184,18 +191,31 @@ def parse_frames(text: str, count: int, flag: str = "--frames") -> list[int]:
     return chosen
 
 
-class CompressedSource(Source):
-    """Frames of a compressed file, all of them or those in `chosen`."""
+def parse_region(text: str | None) -> Region | None:
+    """`x,y,w,h` as four numbers."""
+    if text is None:
+        return None
+    try:
+        x, y, width, height = (int(part) for part in text.split(","))
+    except ValueError:
+        raise InputError(f"--region {text}: a region is x,y,width,height such as 0,0,320,180") from None
+    return x, y, width, height
 
-    def __init__(self, data: bytes, origin: str, chosen: Sequence[int] | None = None) -> None:
-        self.data, self.chosen = data, chosen
+
+class CompressedSource(Source):
+    """Frames of a compressed file, all of them or those in `chosen`; of each, all or `region`."""
+
+    def __init__(
+        self, data: bytes, origin: str, chosen: Sequence[int] | None = None, region: Region | None = None
+    ) -> None:
+        self.data, self.chosen, self.region = data, chosen, region
         container = parse(data, origin)
         self.header = header = container.header
         self.codec = _codec(header, origin)
         self._times = None if chosen is not None else unpack_times(container)
         self.info = Info(
-            width=header.width,
-            height=header.height,
+            width=header.width if region is None else region[2],
+            height=header.height if region is None else region[3],
             rate=header.rate,
             colour=header.colour,
             pix_fmt="yuv420p" if header.colour.depth <= 8 else "yuv420p10le",
@@ -214,11 +234,17 @@ class CompressedSource(Source):
         times = self.times()
         numbers = range(len(times))[start:stop]
         wanted = numbers if self.chosen is None else self.chosen[start:stop]
-        for number, picture in zip(numbers, self.codec.decode(self.data, wanted), strict=True):
+        # Some methods need not draw the rest of the frame.
+        partly = self.region is not None and "region" in introspection.signature(self.codec.decode).parameters
+        pictures = self.codec.decode(self.data, wanted, **({"region": self.region} if partly else {}))
+        for number, picture in zip(numbers, pictures, strict=True):
+            if self.region is not None and not partly:
+                x, y, width, height = self.region
+                picture = picture[:, y : y + height, x : x + width].contiguous()
             yield Frame(times[number], self.header.colour, rgb=picture)
 
     def fingerprint(self) -> str:
-        return f"flm {zlib.crc32(self.data):08x} {len(self.data)} {self.chosen}"
+        return f"flm {zlib.crc32(self.data):08x} {len(self.data)} {self.chosen} {self.region}"
 
 
 class SectionedCodec:

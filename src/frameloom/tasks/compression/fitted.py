@@ -21,7 +21,7 @@ from frameloom.errors import InputError
 from frameloom.metrics import psnr as measure_psnr
 from frameloom.progress import Progress, silent
 from frameloom.tasks.compression.base import SectionedCodec, describe, pack_times
-from frameloom.tasks.compression.fit import Loss, State, fit
+from frameloom.tasks.compression.fit import LOSSES, Loss, State, fit
 from frameloom.tasks.compression.framing import crop_to, fitted, listed, load_pictures, misfit, strides_for
 from frameloom.tasks.compression.nerv import Config, Decoder, Learner, of_size
 from frameloom.tasks.compression.weights import pack_tensors, unpack_tensors
@@ -30,8 +30,9 @@ from frameloom.video.clip import Clip
 _log = logging.getLogger("frameloom.compression")
 
 EMBEDDING_LEVELS = 64
+# Below so many parameters, the least width and the time's share would be most of a published network.
+SMALL, FEW = 300_000, (16, 8)
 FEWEST = 16  # levels of a weight: below, a fit that knows nothing of rounding falls apart
-_OVERHEAD = 1000  # bytes of the header and of the tables of frequencies
 _CHECKS = 20  # times that a fit asks whether the quality is reached
 _GROWTH, _ATTEMPTS = 1.6, 4
 
@@ -40,8 +41,11 @@ class Fitted(SectionedCodec, Decoder):
     """A decoder that was fitted to one video. A method says its family of configurations and how it fits."""
 
     method: ClassVar[str]
-    family: ClassVar[dict[str, Any]] = {}
+    # What a method can be built on, the default first: the switches of each.
+    families: ClassVar[dict[str, dict[str, Any]]]
     bytes_per_parameter: ClassVar[float] = 0.96  # at the most levels, after range coding
+    overhead: ClassVar[int] = 1000  # bytes of the header, the side numbers and the tables
+    share: ClassVar[float] = 1.0  # of the minutes that the fit itself takes; the rest is for `finish`
     epochs: ClassVar[int] = 300
     batch: ClassVar[int] = 2
     learning_rate: ClassVar[float] = 1e-3
@@ -59,6 +63,7 @@ class Fitted(SectionedCodec, Decoder):
         minutes: float | None = None,
         batch: int | None = None,
         loss: str | None = None,
+        base: str | None = None,
         strides: Sequence[int] | None = None,
         fit: str | None = None,
         seed: int = 0,
@@ -72,6 +77,7 @@ class Fitted(SectionedCodec, Decoder):
             size: bytes that the file shall have at most; by default about one for 72 pixels, 40 thousand to 3 million.
             psnr: mean PSNR in dB that the decoded frames shall have; the fit ends there.
             epochs: passes over the clip; 300, or as many as `minutes` hold.
+            base: which network, of those that the method has (`boost-nerv`: hnerv or nerv).
             minutes: the fit's time; its schedule then runs by the clock.
             fit: frames that the strides do not divide are drawn larger and cut back ("pad"), or lose their edges
                 ("crop").
@@ -81,7 +87,7 @@ class Fitted(SectionedCodec, Decoder):
         pictures = load_pictures(clip)
         count, _, height, width = pictures.shape
         wanted = None if size is None else cls._parameters(size)
-        config = cls.plan(height, width, count, size=wanted, strides=strides, fit=fit)
+        config = cls.plan(height, width, count, size=wanted, base=base, strides=strides, fit=fit)
         if fit == "crop":
             pictures = crop_to(pictures, config.height, config.width)
         header = replace(describe(clip, cls.method, {}), height=pictures.shape[-2], width=pictures.shape[-1])
@@ -106,9 +112,9 @@ class Fitted(SectionedCodec, Decoder):
     @classmethod
     def _parameters(cls, size: int) -> int:
         """How many parameters come to a file of `size` bytes."""
-        if size <= _OVERHEAD:
-            raise InputError(f"--size {size}: the header and tables of {cls.method} take about {_OVERHEAD} bytes")
-        return round((size - _OVERHEAD) / cls.bytes_per_parameter)
+        if size <= cls.overhead:
+            raise InputError(f"--size {size}: the header and tables of {cls.method} take about {cls.overhead} bytes")
+        return round((size - cls.overhead) / cls.bytes_per_parameter)
 
     @classmethod
     def plan(
@@ -118,10 +124,14 @@ class Fitted(SectionedCodec, Decoder):
         frames: int,
         *,
         size: int | None = None,
+        base: str | None = None,
         strides: Sequence[int] | None = None,
         fit: str | None = None,
     ) -> Config:
         """The network of about `size` parameters for a video of this shape."""
+        base = base or next(iter(cls.families))
+        if base not in cls.families:
+            raise InputError(f"--base {base}: {cls.method} is built on {' or '.join(cls.families)}")
         if fit not in (None, "pad", "crop"):
             raise InputError(f"--fit {fit}: frames are fitted by pad or crop")
         size = size or max(40_000, min(3_000_000, frames * height * width // 72))
@@ -136,8 +146,10 @@ class Fitted(SectionedCodec, Decoder):
                 f"--strides {listed(chosen)}: their product {product} is larger than the frame of "
                 f"{width}x{height}; use smaller strides or --fit pad"
             )
-        config = Config(height=tall, width=wide, frames=frames, strides=chosen, channels=1,
-                        lowest=8 if size < 300_000 else 12, **cls.family)  # fmt: skip
+        family = cls.families[base]
+        if size < SMALL:
+            family = family | {"lowest": 8} | ({"time": FEW} if "time" in family else {})
+        config = Config(height=tall, width=wide, frames=frames, strides=chosen, channels=1, **family)
         config = of_size(config, size)
         if config.parameters > 1.1 * size:
             raise InputError(
@@ -185,12 +197,20 @@ class Fitted(SectionedCodec, Decoder):
             learner.train()
             return good
 
-        fit(learner, pictures, epochs=epochs, minutes=minutes, batch=batch or cls.batch,
-            learning_rate=cls.learning_rate, optimiser=cls.optimiser, loss=loss or cls.loss, seen=seen, seed=seed,
+        loss = loss or cls.loss
+        fit(learner, pictures, epochs=epochs, minutes=minutes and cls.share * minutes, batch=batch or cls.batch,
+            learning_rate=cls.learning_rate, optimiser=cls.optimiser, loss=loss, seen=seen, seed=seed,
             reached=None if psnr is None else reached, state=state, progress=progress,
             label=f"fitting {cls.method}")  # fmt: skip
+        cls.finish(learner, pictures, target=target, epochs=epochs, minutes=minutes and (1 - cls.share) * minutes,
+                   batch=batch or cls.batch, measure=LOSSES[loss] if isinstance(loss, str) else loss, seen=seen,
+                   seed=seed, state=state, progress=progress)  # fmt: skip
         learner.freeze(pictures)
         return learner.network.cpu().to(memory_format=torch.contiguous_format)
+
+    @classmethod
+    def finish(cls, learner: Learner, pictures: UInt8[Tensor, "t 3 h w"], **settings: Any) -> None:
+        """What a method does between the fit and the file; nothing here."""
 
     @torch.inference_mode()
     def measured(self, pictures: UInt8[Tensor, "t 3 h w"], levels: int = LEVELS) -> float:
@@ -269,7 +289,7 @@ class Fitted(SectionedCodec, Decoder):
             raise InputError("the header is damaged; the network is not described in full")
         whole(header.config["levels"], FEWEST, LEVELS, "levels", "the file")
         config = Config.from_header(header)
-        if config.indexed != cls.family.get("indexed", False):
+        if not any(_is(config, family) for family in cls.families.values()):
             raise InputError(f"the header is damaged; its network is not one of {cls.method}")
         with torch.device("meta"):
             network = cls(config)
@@ -287,6 +307,11 @@ class Fitted(SectionedCodec, Decoder):
             with torch.inference_mode():
                 picture = network(torch.tensor([number]))[0, :, : header.height, : header.width]
             yield picture.clone()
+
+
+def _is(config: Config, family: dict[str, Any]) -> bool:
+    alike = all(getattr(config, name) == family.get(name, False) for name in ("indexed", "sine"))
+    return alike and (config.time is None) == ("time" not in family)
 
 
 def _first(true: Callable[[int], bool]) -> int | None:

@@ -28,6 +28,7 @@ class HNeRV(Fitted):
     """What a file holds: the decoder's weights and the embeddings, `(t, d, rows, columns)`."""
 
     method: ClassVar[str] = "hnerv"
+    families: ClassVar[dict[str, dict[str, Any]]] = {"hnerv": {}}
 
     @classmethod
     def preset(cls, size: str) -> Config:
@@ -68,14 +69,16 @@ class NeRV(Fitted):
     """The baseline: the frame's number, encoded by sines and cosines, in place of the embedding."""
 
     method: ClassVar[str] = "nerv"
-    family: ClassVar[dict[str, Any]] = {"indexed": True, "kernels": (3, 3), "reduction": 2.0}
+    families: ClassVar[dict[str, dict[str, Any]]] = {"nerv": {"indexed": True, "kernels": (3, 3), "reduction": 2.0}}
 
     @classmethod
     def preset(cls, size: str) -> Config:
         """The sizes of `HNeRV.preset`, by NeRV's own plan of channels and kernels."""
         if size == "tiny":
-            return Config(height=64, width=128, frames=32, strides=(4, 2, 2, 2), channels=14, lowest=8, **cls.family)
-        return Config(height=640, width=1280, frames=132, strides=(5, 4, 2, 2), channels=54, **cls.family)
+            return Config(
+                height=64, width=128, frames=32, strides=(4, 2, 2, 2), channels=14, lowest=8, **cls.families["nerv"]
+            )
+        return Config(height=640, width=1280, frames=132, strides=(5, 4, 2, 2), channels=54, **cls.families["nerv"])
 
 
 def _official(entry: Any, key: str, shape: torch.Size, path: str | Path) -> Tensor:

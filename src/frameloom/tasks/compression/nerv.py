@@ -23,7 +23,6 @@ from frameloom.tasks.compression.framing import listed
 
 FREQUENCIES, BASE = 80, 1.25
 ENCODER_WIDTH = 64
-TIME_WIDTHS = (64, 32)  # the two layers of the time's embedding; the second is also an affine layer's hidden width
 MAX_PARAMETERS = 1 << 26
 MAX_ACTIVATIONS = 1 << 30
 
@@ -36,7 +35,7 @@ class Config:
     product of `strides`. Stage i has kernel min(kernels[0] + 2i, kernels[1]) and 1 / `reduction` of the
     channels before it, at least `lowest`; the first layer has `channels`. `indexed` is NeRV: no embeddings.
     `doubled` stages, from that one on, have a second block of stride 1; `sine` is the activation of every block
-    (GELU otherwise); `conditional` modulates every block by the time.
+    (GELU otherwise); `time` are the widths of the two layers that embed the time, which then modulates every block.
     """
 
     height: int
@@ -51,7 +50,7 @@ class Config:
     indexed: bool = False
     doubled: int | None = None
     sine: bool = False
-    conditional: bool = False
+    time: tuple[int, int] | None = None
 
     @property
     def grid(self) -> tuple[int, int]:
@@ -86,7 +85,8 @@ class Config:
         values = dict(values) if isinstance(values, dict) else {}
         reduction, doubled = values.pop("reduction", None), values.pop("doubled", False)
         strides, kernels = values.pop("strides", None), values.pop("kernels", None)
-        switches = {name: values.pop(name, None) for name in ("indexed", "sine", "conditional")}
+        switches = {name: values.pop(name, None) for name in ("indexed", "sine")}
+        time = values.pop("time", False)
         numbers = {"height", "width", "frames", "channels", "lowest", "embedding"}
         lists = isinstance(strides, list) and isinstance(kernels, list) and len(kernels) == 2
         flags = all(type(switch) is bool for switch in switches.values())
@@ -102,12 +102,17 @@ class Config:
             whole(kernel, 1, 31, "a kernel", origin)
         if doubled is not None:
             whole(doubled, 0, 8, "doubled", origin)
+        if time is not None:
+            if not isinstance(time, list) or len(time) != 2:
+                raise InputError(f"{origin}: the header is damaged; the network is not described in full")
+            for width in time:
+                whole(width, 1, 1 << 10, "a width of the time's embedding", origin)
         product = math.prod(strides)
         whole(values["frames"], header.frames, header.frames, "frames", origin)
         whole(values["height"], header.height, header.height + product, "height", origin)
         whole(values["width"], header.width, header.width + product, "width", origin)
         config = cls(**values, **switches, strides=tuple(strides), kernels=tuple(kernels), reduction=reduction,
-                     doubled=doubled)  # fmt: skip
+                     doubled=doubled, time=time and tuple(time))  # fmt: skip
         config.check(origin)
         return config
 
@@ -133,8 +138,8 @@ class Config:
         total += stem * self.channels
         for inside, outside, kernel, stride in self.blocks:
             total += outside * stride**2 * (inside * kernel**2 + 1)
-        if self.conditional:
-            first, hidden = TIME_WIDTHS
+        if self.time is not None:
+            first, hidden = self.time
             total += (2 * FREQUENCIES + 1) * first + (first + 1) * hidden
             for width in (self.channels, *(outside for _, outside, _, _ in self.blocks)):
                 affine = 2 * ((hidden + 1) * hidden + (hidden + 1) * width)
@@ -180,11 +185,10 @@ def encoded(index: Int[Tensor, "b"], frames: int) -> Float[Tensor, "b f 1 1"]:
 
 
 class Affine(nn.Module):
-    """x (1 + s) + b, with s and b of each channel drawn from the time."""
+    """x (1 + s) + b, with s and b of each channel drawn from the time's `hidden` numbers."""
 
-    def __init__(self, width: int) -> None:
+    def __init__(self, width: int, hidden: int) -> None:
         super().__init__()
-        hidden = TIME_WIDTHS[1]
         self.scale = nn.Sequential(nn.Conv2d(hidden, hidden, 1), nn.ReLU(), nn.Conv2d(hidden, width, 1))
         self.shift = nn.Sequential(nn.Conv2d(hidden, hidden, 1), nn.ReLU(), nn.Conv2d(hidden, width, 1))
 
@@ -195,9 +199,9 @@ class Affine(nn.Module):
 class Conditional(nn.Module):
     """A residual block that the time modulates before each of its two convolutions."""
 
-    def __init__(self, width: int) -> None:
+    def __init__(self, width: int, hidden: int) -> None:
         super().__init__()
-        self.before, self.between = Affine(width), Affine(width)
+        self.before, self.between = Affine(width, hidden), Affine(width, hidden)
         self.conv0, self.conv1 = (nn.Conv2d(width, width, 3, padding=1) for _ in range(2))
 
     def forward(self, x: Float[Tensor, "b c h w"], time: Float[Tensor, "b d 1 1"]) -> Float[Tensor, "b c h w"]:
@@ -232,11 +236,11 @@ class Decoder(nn.Module):
             empty = torch.zeros(config.frames, config.embedding, rows, columns)
             self.embeddings = nn.Parameter(empty, requires_grad=False)
         self.blocks = nn.ModuleList(Block(*plan, sine=config.sine) for plan in config.blocks)
-        if config.conditional:
-            first, second = TIME_WIDTHS
+        if config.time is not None:
+            first, second = config.time
             self.time = nn.ModuleList([nn.Conv2d(2 * FREQUENCIES, first, 1), nn.Conv2d(first, second, 1)])
             modulated = [config.channels, *(outside for _, outside, _, _ in config.blocks)]
-            self.conditions = nn.ModuleList(Conditional(width) for width in modulated)
+            self.conditions = nn.ModuleList(Conditional(width, second) for width in modulated)
         self.head = nn.Conv2d(config.widths[-1], 3, 3, padding=1)
 
     def code(self, index: Int[Tensor, "b"]) -> Float[Tensor, "b d _ _"]:
@@ -246,7 +250,7 @@ class Decoder(nn.Module):
     def draw(self, code: Float[Tensor, "b d _ _"], index: Int[Tensor, "b"]) -> Float[Tensor, "b 3 h w"]:
         """Pictures in [0, 1] from codes, and the numbers of the frames where the time counts."""
         time = None
-        if self.config.conditional:
+        if self.config.time is not None:
             time = encoded(index, self.config.frames)
             for layer in self.time:
                 time = torch.sin(layer(time))
@@ -263,9 +267,11 @@ class Decoder(nn.Module):
         with torch.autocast(x.device.type, enabled=False):
             return 0.5 * torch.tanh(self.head(x.float())) + 0.5
 
-    def forward(self, index: Int[Tensor, "b"]) -> Float[Tensor, "b 3 h w"]:
-        """The frames `index`, as large as the network draws them."""
-        return self.draw(self.code(index), index)
+    def forward(
+        self, index: Int[Tensor, "b"], code: Float[Tensor, "b d _ _"] | None = None
+    ) -> Float[Tensor, "b 3 h w"]:
+        """The frames `index`, as large as the network draws them; from `code`, or from their own."""
+        return self.draw(self.code(index) if code is None else code, index)
 
 
 class ChannelNorm(nn.LayerNorm):
@@ -322,8 +328,14 @@ class Learner(nn.Module):
         self.encoder = None if network.config.indexed else Encoder(network.config)
 
     def forward(self, index: Int[Tensor, "b"], pictures: Float[Tensor, "b 3 h w"]) -> Float[Tensor, "b 3 h w"]:
-        code = self.network.code(index) if self.encoder is None else self.encoder(self._padded(pictures))
-        return self.network.draw(code, index)[..., : pictures.shape[-2], : pictures.shape[-1]]
+        code = None if self.encoder is None else self.encoded(pictures)
+        return self.network(index, code)[..., : pictures.shape[-2], : pictures.shape[-1]]
+
+    def encoded(self, pictures: Float[Tensor, "b 3 h w"]) -> Float[Tensor, "b d rows columns"]:
+        """The embeddings of pictures, which are padded by their edges where the network draws more."""
+        config = self.network.config
+        missing = (0, config.width - pictures.shape[-1], 0, config.height - pictures.shape[-2])
+        return self.encoder(F.pad(pictures, missing, mode="replicate") if any(missing) else pictures)
 
     @torch.inference_mode()
     def freeze(self, pictures: UInt8[Tensor, "t 3 h w"]) -> None:
@@ -331,10 +343,5 @@ class Learner(nn.Module):
         if self.encoder is None:
             return
         for number, picture in enumerate(pictures):
-            whole_frame = self._padded(picture[None].to(self.network.embeddings.device).float() / 255)
-            self.network.embeddings[number] = self.encoder(whole_frame)[0]
-
-    def _padded(self, pictures: Float[Tensor, "b 3 h w"]) -> Float[Tensor, "b 3 tall wide"]:
-        config = self.network.config
-        missing = (0, config.width - pictures.shape[-1], 0, config.height - pictures.shape[-2])
-        return F.pad(pictures, missing, mode="replicate") if any(missing) else pictures
+            device = self.network.embeddings.device
+            self.network.embeddings[number] = self.encoded(picture[None].to(device).float() / 255)[0]
