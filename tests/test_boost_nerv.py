@@ -154,7 +154,8 @@ def test_the_rate_has_no_gradient_once_the_file_is_small_enough(monkeypatch):
         torch.manual_seed(0)
         learner = Learner(BoostNeRV(SMALL))
         BoostNeRV.finish(learner, pictures, target=target, epochs=3, minutes=None, batch=1, seen=None, seed=0,
-                         measure=lambda out, _: 0 * out.sum(), state=None, progress=lambda *_: None)  # fmt: skip
+                         measure=lambda out, _: 0 * out.sum(), mixed=False, state=None,
+                         progress=lambda *_: None)  # fmt: skip
     assert (losses[10_000_000] == 0).all()
     assert losses[2_100].abs().sum() > 0
 

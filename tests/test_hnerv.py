@@ -21,6 +21,7 @@ from frameloom.tasks.compression import fit as fit_module
 from frameloom.tasks.compression.base import compress, decompress, describe, inspect
 from frameloom.tasks.compression.fit import LOSSES, fit, learning_rate_factor
 from frameloom.tasks.compression.hnerv import HNeRV, NeRV
+from frameloom.tasks.compression.inpaint import inpaint
 from frameloom.tasks.compression.nerv import Config, Encoder, Learner, solve_width
 from frameloom.training.pretrained import load
 from frameloom.video.clip import Clip, Frame
@@ -540,3 +541,40 @@ def test_minutes_end_a_fit_that_would_last_longer():
     HNeRV.encode(moving(), size=12_000, strides=(2, 2, 2), minutes=0.02, progress=lambda *call: calls.append(call))
     assert time.monotonic() - begun < 20
     assert calls[-1][2] is None
+
+
+def test_holes_are_filled_from_what_is_seen_and_the_rest_is_untouched():
+    clip = moving(8)
+    mask = torch.zeros(1, 1, 16, 32)
+    mask[..., 5:11, 12:20] = 1
+    black = torch.where(mask.bool(), 0.0, clip.tensor())
+    steps = []
+    made = inpaint(Clip.from_tensor(black), mask, epochs=60, seed=1, progress=lambda *call: steps.append(call))
+    video = made.tensor()
+    assert steps
+    assert torch.equal(video[..., :5, :], (black[..., :5, :] * 255).round() / 255)
+    hole = (slice(None), slice(None), slice(5, 11), slice(12, 20))
+    assert psnr(video[hole], clip.tensor()[hole]) > psnr(black[hole], clip.tensor()[hole]) + 6
+
+
+def test_what_hides_in_the_hole_does_not_matter():
+    mask = torch.zeros(1, 1, 16, 32)
+    mask[..., 5:11, 12:20] = 1
+    one, other = (torch.where(mask.bool(), value, moving().tensor()) for value in (0.0, 1.0))
+    filled = [inpaint(Clip.from_tensor(video), mask, epochs=2).tensor() for video in (one, other)]
+    assert torch.equal(*filled)
+
+
+@pytest.mark.parametrize(
+    ("mask", "method", "message"),
+    [
+        (torch.ones(1, 1, 8, 32), "auto", "--mask: the mask is 32x8 and clip is 32x16"),
+        (torch.ones(4, 1, 16, 32), "auto", "has 4 pictures; give 1 for all frames of clip, or 6"),
+        (torch.ones(1, 1, 16, 32), "auto", "hides everything"),
+        (torch.zeros(1, 1, 16, 32), "auto", "hides nothing"),
+        (torch.ones(1, 1, 16, 32), "x264", "--method x264: inpaint fits hnerv or boost-nerv"),
+    ],
+)
+def test_masks_that_cannot_be_are_refused(mask, method, message):
+    with pytest.raises(InputError, match=message):
+        inpaint(moving(), mask, method)

@@ -105,6 +105,14 @@ def parse_numbers(text: str | None, flag: str) -> list[int] | None:
         raise InputError(f"{flag} {text}: whole numbers separated by commas, such as 5,4,4,2,2") from None
 
 
+def parse_bits(text: str) -> list[float]:
+    """Bits a pixel separated by commas."""
+    try:
+        return [float(part) for part in text.split(",")]
+    except ValueError:
+        raise InputError(f"--bpp {text}: bits a pixel are numbers such as 0.05,0.1,0.2") from None
+
+
 def parse_settings(given: list[str]) -> dict[str, int | float | bool | str]:
     """Settings from `gop=24`, `spatial=true`, `rate=2.5`."""
     settings: dict[str, int | float | bool | str] = {}

@@ -7,10 +7,11 @@ from typing import Annotated
 import typer
 
 from frameloom.cli import options
+from frameloom.errors import InputError
 
 
 def register(app: typer.Typer) -> None:
-    for command in (flow, interpolate, stabilize, live, compress, decompress, inspect, run):
+    for command in (flow, interpolate, stabilize, live, compress, decompress, inspect, rd, run):
         app.command()(command)
 
 
@@ -329,6 +330,51 @@ def inspect(
     for name, part in found["sections"].items():
         print(f"  {name:28} {part['bytes']:>10,} bytes  {part['bits_per_pixel']:.5f} bits a pixel")
     print(f"  {'in all':28} {found['bytes']:>10,} bytes  {found['bits_per_pixel']:.5f} bits a pixel")
+
+
+def rd(
+    input: options.Input,
+    output: Annotated[Path, typer.Option("-o", "--output", help="the page to make: .html")],
+    methods: Annotated[str | None, typer.Option(help="such as hnerv,sem; x264, x265, av1 always")] = None,
+    bpp: Annotated[str, typer.Option(help="bits a pixel to compare at")] = "0.05,0.1,0.2,0.4",
+    minutes: Annotated[float | None, typer.Option(help="of every fit of a network; 1 if no epochs are given")] = None,
+    epochs: Annotated[int | None, typer.Option(help="of every fit of a network")] = None,
+    seed: options.Seed = 0,
+    device: options.Device = "cpu",
+    stream: options.Stream = 0,
+    range: options.Range = None,
+    rate: options.Rate = None,
+    deinterlace: options.Deinterlace = False,
+    keep_readable: options.KeepReadable = False,
+    json: options.Json = False,
+) -> None:
+    """Compare codecs on a video at the same sizes: curves of PSNR and MS-SSIM, BD-rate, times."""
+    from frameloom.cli import terminal
+    from frameloom.cli.chain import parse_bits
+    from frameloom.tasks.compression.base import write_whole
+    from frameloom.tasks.compression.rd import against, page, rate_distortion, report
+    from frameloom.video.reader import read
+
+    terminal.listen()
+    clip = read(input, stream=stream, range=range, rate=rate, deinterlace=deinterlace, keep_readable=keep_readable)
+    if output.suffix != ".html":
+        raise InputError(f"{output}: the page is an .html file")
+    terminal.say(terminal.describe(clip, Path(input).name))
+    names = methods.split(",") if methods else None
+    with terminal.bar("steps") as progress:
+        points = rate_distortion(clip, names, parse_bits(bpp), minutes=minutes, epochs=epochs, seed=seed, device=device,
+                                 progress=progress)  # fmt: skip
+    write_whole(output, page(points, clip).encode())
+    if json:
+        terminal.emit(report(points, clip))
+        return
+    for point in points:
+        quality = f"{point.psnr:6.2f} dB  MS-SSIM {point.ms_ssim:.4f}"
+        speed = f"encode {point.encode_seconds:7.1f} s  decode {point.decode_fps:6.0f} frames/s"
+        print(f"{point.method:10} {point.bits_per_pixel:.4f} bits a pixel  {quality}  {speed}")
+    for method, value in against(points).items():
+        print(f"{method:10} BD-rate against x264: {'no quality in common' if value is None else f'{value:+.1f}%'}")
+    terminal.say(str(output))
 
 
 def run(

@@ -98,28 +98,37 @@ def compress(
     if size is not None and size < 1:
         raise InputError(f"--size {size}: the size to aim for is 1 byte or more")
     method = chosen(method, "compress")
-    codec = card(method, "compress").load_class()
-    known = set(introspection.signature(codec.encode).parameters) - {"clip"}
-    if quality is not None:
-        settings |= _quality(quality, method, known)
-    given = {key: value for key, value in settings.items() if value is not None}
-    if unknown := sorted(set(given) - known):
-        own = sorted(known - {"size", "seed", "device", "progress", "state", "psnr"})
-        raise InputError(f"--{unknown[0]}: {method} has no such setting; it has {', '.join(own)}")
+    codec, given = codec_and_settings(method, settings | {"quality": quality})
     state = None
-    if "state" in known:
+    if "state" in introspection.signature(codec.encode).parameters:
         about = f"{method} {size} {seed} {sorted(given.items())} {clip.source.fingerprint()}"
         given["state"] = state = State(path.with_name(f".{path.name}.state"), about, resume)
     elif resume:
         raise InputError(f"--resume: {method} keeps nothing to go on with; it begins anew in a moment")
     started = time.perf_counter()
     data = codec.encode(clip, size=size, seed=seed, device=device, progress=progress, **given)
-    _write_whole(path, data)
+    write_whole(path, data)
     if state is not None:
         state.forget()
     header = parse(data).header
     rate = bits_per_pixel(len(data), header.frames, header.height, header.width)
     return Report(path, method, len(data), rate, time.perf_counter() - started)
+
+
+def codec_and_settings(method: str, settings: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+    """The codec of a method, and those settings that are not None.
+
+    Raises InputError for one that it does not have.
+    """
+    codec = card(method, "compress").load_class()
+    known = set(introspection.signature(codec.encode).parameters) - {"clip"}
+    given = {key: value for key, value in settings.items() if value is not None}
+    if "quality" in given:
+        given |= _quality(given.pop("quality"), method, known)
+    if unknown := sorted(set(given) - known):
+        own = sorted(known - {"size", "seed", "device", "progress", "state", "psnr"})
+        raise InputError(f"--{unknown[0]}: {method} has no such setting; it has {', '.join(own)}")
+    return codec, given
 
 
 def _quality(quality: float | int | str, method: str, known: set[str]) -> dict[str, float]:
@@ -334,7 +343,8 @@ def _codec(header: Header, origin: str) -> Any:
         raise InputError(f"{origin}: made by a method that is not installed here") from None
 
 
-def _write_whole(path: Path, data: bytes) -> None:
+def write_whole(path: Path, data: bytes) -> None:
+    """The bytes under the name, all of them or none."""
     partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
     try:
         with partial.open("wb") as file:

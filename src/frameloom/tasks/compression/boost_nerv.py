@@ -170,6 +170,7 @@ class BoostNeRV(Fitted):
         batch: int,
         measure: Loss,
         seen: Float[Tensor, "t 1 h w"] | None,
+        mixed: bool,
         seed: int,
         state: State | None,
         progress: Progress,
@@ -184,8 +185,9 @@ class BoostNeRV(Fitted):
 
         def loss_at(step: int) -> Tensor:
             index, target_pictures = batches(step)
-            out, cost = rated(index, target_pictures)
-            out = out[..., : pictures.shape[-2], : pictures.shape[-1]]
+            with torch.autocast(device.type, torch.bfloat16, enabled=mixed):
+                out, cost = rated(index, target_pictures)
+            out = out.float()[..., : pictures.shape[-2], : pictures.shape[-1]]
             if seen is not None:
                 counts = seen[index.cpu()].to(device)
                 out, target_pictures = out * counts, target_pictures * counts
@@ -205,7 +207,7 @@ class BoostNeRV(Fitted):
         """Every tensor as Gaussian-coded integers; fewer `levels` than 256 coarsen all scales by as much."""
         coder, sides = Encoder(), []
         for name, value in self.state_dict().items():
-            scale, runs = self._codes(name, value, levels)
+            scale, runs = self.codes(name, value, levels)
             sides.append(_SCALE.pack(scale))
             for run in runs:
                 codes = run.flatten().cpu().numpy().astype(np.int64)
@@ -222,7 +224,7 @@ class BoostNeRV(Fitted):
         """The state that `unpack` will give back after `pack`."""
         found = {}
         for name, value in self.state_dict().items():
-            scale, runs = self._codes(name, value, levels)
+            scale, runs = self.codes(name, value, levels)
             found[name] = self._value(name, torch.stack(runs) if name == "embeddings" else runs[0], scale, self.offset)
         return found
 
@@ -257,7 +259,7 @@ class BoostNeRV(Fitted):
             raise InputError("section 'weights_sides' is damaged")
         return state
 
-    def _codes(self, name: str, value: Tensor, levels: int) -> tuple[float, list[Tensor]]:
+    def codes(self, name: str, value: Tensor, levels: int) -> tuple[float, list[Tensor]]:
         """The scale of a tensor as the file keeps it, and its codes, in runs that have a Gaussian of their own."""
         scale = self.scales.get(name) or float(_span(value)) / 255
         scale = float(np.float16(scale * LEVELS / levels)) or 6e-8
