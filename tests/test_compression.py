@@ -283,10 +283,11 @@ def test_qualities_are_read_or_refused(tmp_path, quality, message):
 
 def test_rate_and_distortion_are_those_of_files_and_the_page_stands_alone():
     clip = moving(6)
-    points = rate_distortion(clip, ["hnerv"], [0.6, 1.2], epochs=1)
+    # No network that hnerv could fit is so small.
+    points = rate_distortion(clip, ["hnerv"], [0.25, 0.5], epochs=1)
     assert [point.method for point in points] == [name for name in ("x264", "x265", "av1") for _ in range(2)]
     for point in points:
-        assert point.bytes <= 1.2 * 6 * 64 * 96 / 8
+        assert point.bytes <= 0.5 * 6 * 64 * 96 / 8
         assert point.bits_per_pixel == pytest.approx(8 * point.bytes / (6 * 64 * 96))
     assert set(against(points)) == {"x265", "av1"}
     text = page(points, clip)

@@ -119,7 +119,7 @@ def test_presets_build_on_the_meta_device(method, size):
 
 def test_tiny_hnerv_and_tiny_nerv_are_of_one_size():
     one, other = (method.preset("tiny").parameters for method in (HNeRV, NeRV))
-    assert abs(one - other) < 0.005 * one
+    assert abs(one - other) < 0.01 * one
 
 
 def test_strides_are_the_published_ones_where_there_are_published_ones():
@@ -318,7 +318,7 @@ def variable_size() -> Clip:
             "product 125 is larger than the frame of 32x20",
         ),
         (moving(), {"size": 1100, "strides": (2, 2, 2)}, "embeddings alone need"),
-        (moving(), {"size": 4200, "strides": (2, 2, 2)}, r"smallest network for 32x16 .* has [\d,]+ parameters, not"),
+        (moving(), {"size": 2200, "strides": (2, 2, 2)}, r"smallest network for 32x16 .* has [\d,]+ parameters, not"),
         (moving(), {"size": 900}, "--size 900: the header and tables of hnerv take about"),
         (moving(), {"minutes": 0.0}, "--minutes 0"),
         (moving(1), {"epochs": 1}, r"1 frame\(s\), fewer than one batch of 2"),

@@ -155,7 +155,9 @@ class BoostNeRV(Fitted):
         """`tiny`: 32 frames of 64x128, 40 thousand parameters. `paper`: 132 of 720x1280, 1.5 million."""
         if size == "tiny":
             own = cls.families["hnerv"] | {"time": FEW}
-            return Config(height=64, width=128, frames=32, strides=(4, 2, 2, 2), channels=15, lowest=8, **own)
+            return Config(
+                height=64, width=128, frames=32, strides=(4, 2, 2, 2), channels=15, lowest=8, embedding=8, **own
+            )
         return Config(height=720, width=1280, frames=132, strides=(5, 2, 2, 2, 2), channels=86, **cls.families["hnerv"])
 
     @classmethod

@@ -106,7 +106,7 @@ class Fitted(SectionedCodec, Decoder):
             if alone or grown == _ATTEMPTS:
                 raise InputError(f"--quality {psnr:g}dB: {grand.parameters:,} parameters and this fit reach "
                                  f"{reached:.2f} dB; give it more --size, --epochs or --minutes")  # fmt: skip
-            _log.info("%.2f dB with %s parameters; a larger network is tried", reached, f"{grand.parameters:,}")
+            _log.warning("%.2f dB with %s parameters; a larger network is tried", reached, f"{grand.parameters:,}")
             if state is not None:
                 state.restart(grown=torch.tensor(grown))
 
@@ -147,11 +147,12 @@ class Fitted(SectionedCodec, Decoder):
                 f"--strides {listed(chosen)}: their product {product} is larger than the frame of "
                 f"{width}x{height}; use smaller strides or --fit pad"
             )
-        family = cls.families[base]
-        if size < SMALL:
-            family = family | {"lowest": 8} | ({"time": FEW} if "time" in family else {})
+        family = cls.families[base] | ({"time": FEW} if size < SMALL and "time" in cls.families[base] else {})
         config = Config(height=tall, width=wide, frames=frames, strides=chosen, channels=1, **family)
-        config = of_size(config, size)
+        for lowest in (Config.lowest,) if size >= SMALL else (8, 6, 4):
+            config = of_size(replace(config, lowest=lowest), size)
+            if config.parameters <= 1.1 * size:
+                break
         if config.parameters > 1.1 * size:
             raise InputError(
                 f"the smallest network for {width}x{height} and strides {listed(chosen)} has "

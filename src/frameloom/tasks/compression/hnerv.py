@@ -34,7 +34,7 @@ class HNeRV(Fitted):
     def preset(cls, size: str) -> Config:
         """`tiny`: 32 frames of 64x128, 40 thousand parameters. `paper`: 132 of 640x1280, 1.5 million."""
         if size == "tiny":
-            return Config(height=64, width=128, frames=32, strides=(4, 2, 2, 2), channels=19, lowest=8)
+            return Config(height=64, width=128, frames=32, strides=(4, 2, 2, 2), channels=19, lowest=8, embedding=8)
         return Config(height=640, width=1280, frames=132, strides=(5, 4, 4, 2, 2), channels=68)
 
     @classmethod
@@ -76,7 +76,7 @@ class NeRV(Fitted):
         """The sizes of `HNeRV.preset`, by NeRV's own plan of channels and kernels."""
         if size == "tiny":
             return Config(
-                height=64, width=128, frames=32, strides=(4, 2, 2, 2), channels=14, lowest=8, **cls.families["nerv"]
+                height=64, width=128, frames=32, strides=(4, 2, 2, 2), channels=13, lowest=8, **cls.families["nerv"]
             )
         return Config(height=640, width=1280, frames=132, strides=(5, 4, 2, 2), channels=54, **cls.families["nerv"])
 

@@ -91,7 +91,7 @@ def rate_distortion(
             try:
                 points.append(measure(clip, method, size=size, progress=progress, **own))
             except InputError as error:
-                _log.info("%s at %g bits a pixel is left out: %s", method, goal, error)
+                _log.warning("%s at %g bits a pixel is left out: %s", method, goal, error)
     if not points:
         raise InputError("no codec can make a file of these sizes; ask for more bits a pixel")
     return points
