@@ -18,6 +18,7 @@ from frameloom.cards import card
 from frameloom.errors import InputError
 from frameloom.metrics import psnr
 from frameloom.tasks.compression import fit as fit_module
+from frameloom.tasks.compression import segments
 from frameloom.tasks.compression.base import compress, decompress, describe, inspect
 from frameloom.tasks.compression.fit import LOSSES, fit, learning_rate_factor
 from frameloom.tasks.compression.hnerv import HNeRV, NeRV
@@ -578,3 +579,62 @@ def test_what_hides_in_the_hole_does_not_matter():
 def test_masks_that_cannot_be_are_refused(mask, method, message):
     with pytest.raises(InputError, match=message):
         inpaint(moving(), mask, method)
+
+
+def test_segments_decode_alone_and_in_any_order(tmp_path):
+    clip = moving(7)
+    settings = {"strides": (2, 2, 2), "epochs": 2}
+    report = compress(clip, tmp_path / "out.flm", "hnerv", segment=3, size=40_000, **settings)
+    assert report.bytes <= 40_000
+    whole = decompress(tmp_path / "out.flm").tensor()
+    assert whole.shape == clip.tensor().shape
+    second = HNeRV.encode(clip[3:7], size=(40_000 - 280) * 4 // 7, **settings)
+    assert torch.equal(whole[3:], decompress(second).tensor())
+    assert torch.equal(decompress(tmp_path / "out.flm", [6, 0, 3, 2]).tensor(), whole[[6, 0, 3, 2]])
+    assert inspect(tmp_path / "out.flm")["method"] == "segments"
+
+
+def test_a_clip_longer_than_memory_is_cut_and_said_to_be(tmp_path, monkeypatch, caplog):
+    monkeypatch.setattr(segments, "MEMORY", 3 * 16 * 32 * 4)
+    compress(moving(9), tmp_path / "out.flm", "hnerv", strides=(2, 2, 2), epochs=1)
+    assert parse((tmp_path / "out.flm").read_bytes()).header.config == {"frames": [4, 5]}
+    assert "9 frames are more than a fit holds" in caplog.text
+
+
+def test_a_kill_loses_no_finished_segment(tmp_path, monkeypatch):
+    settings = {"method": "hnerv", "segment": 3, "strides": (2, 2, 2), "epochs": 3}
+    compress(moving(), tmp_path / "whole.flm", **settings)
+    monkeypatch.setattr(fit_module, "KEEP_EVERY", 0.0)
+    calls = []
+
+    def kill(*call):
+        calls.append(call)
+        if len(calls) == 5:
+            raise RuntimeError("killed")
+
+    with pytest.raises(RuntimeError, match="killed"):
+        compress(moving(), tmp_path / "out.flm", **settings, progress=kill)
+    assert len(calls) == 5
+    compress(moving(), tmp_path / "out.flm", **settings, resume=True, progress=lambda *call: calls.append(call))
+    assert len(calls) == 7
+    assert (tmp_path / "out.flm").read_bytes() == (tmp_path / "whole.flm").read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("method", "segment", "message"),
+    [("x264", 9, "--segment: x264 never holds the whole clip"), ("hnerv", 1, "--segment 1: a segment has 2 frames")],
+)
+def test_segments_that_cannot_be_are_refused(tmp_path, method, segment, message):
+    with pytest.raises(InputError, match=message):
+        compress(moving(), tmp_path / "out.flm", method, segment=segment)
+
+
+def test_a_segment_of_another_video_is_refused():
+    parts = {f"part{k}": file_of(untrained(), moving()) for k in range(2)}
+    header = replace(describe(moving(8), "segments", {"frames": [2, 6]}))
+    with pytest.raises(InputError, match="segment 0 is damaged; it holds another video"):
+        list(decompress(Container(header, parts).to_bytes()))
+    for lengths in ([6], [0, 8], [5.5, 2.5], "26", None, [9, -1]):
+        bad = Container(replace(header, config={"frames": lengths}), parts).to_bytes()
+        with pytest.raises(InputError, match="the header is damaged"):
+            list(decompress(bad))

@@ -256,6 +256,7 @@ def compress(
     fit: Annotated[str | None, typer.Option(help="pad or crop frames that the strides do not divide")] = None,
     preset: options.Preset = None,
     set: Annotated[list[str] | None, typer.Option(help="a setting of the method's own, such as gop=24")] = None,
+    segment: Annotated[int | None, typer.Option(help="frames of each fit, for clips longer than memory")] = None,
     resume: options.Resume = False,
     seed: options.Seed = 0,
     device: options.Device = "cpu",
@@ -280,8 +281,8 @@ def compress(
     own = {"epochs": epochs, "minutes": minutes, "base": base, "strides": parse_numbers(strides, "--strides"),
            "fit": fit, "preset": preset} | parse_settings(set or [])  # fmt: skip
     with terminal.bar("steps") as progress:
-        report = verb(clip, output, method, size=parse_size(size), bpp=bpp, quality=quality, resume=resume, seed=seed,
-                      device=device, progress=progress, **own)  # fmt: skip
+        report = verb(clip, output, method, size=parse_size(size), bpp=bpp, quality=quality, segment=segment,
+                      resume=resume, seed=seed, device=device, progress=progress, **own)  # fmt: skip
     if json:
         terminal.emit(vars(report))
         return

@@ -5,6 +5,7 @@ The size of a compressed video is the length of its file: bits per pixel = 8 * l
 """
 
 import inspect as introspection
+import logging
 import math
 import os
 import time
@@ -27,6 +28,8 @@ from frameloom.progress import Progress, silent
 from frameloom.tasks.compression.fit import State
 from frameloom.video.clip import Clip, Frame, Info, Source
 from frameloom.video.times import RegularTimes
+
+_log = logging.getLogger("frameloom.compression")
 
 
 class VideoCodec(Protocol):
@@ -67,6 +70,7 @@ def compress(
     size: int | None = None,
     bpp: float | None = None,
     quality: float | int | str | None = None,
+    segment: int | None = None,
     resume: bool = False,
     seed: int = 0,
     device: str = "cpu",
@@ -80,6 +84,9 @@ def compress(
     `method="auto"` is a conventional codec, because at equal size those measure best on ordinary clips; learned codecs
     are asked for by name. Further settings go to the method (`epochs`, `minutes`, `strides`, `fit`, `loss` for those
     that fit a network; `preset` for `x264`, `x265`, `av1`). The file appears under its name only when it is complete.
+
+    A method that must hold the whole clip takes a long one in segments, each a fit of its own: of `segment` frames, or
+    as many as fit in a gigabyte.
 
     A fit keeps its state beside the file while it is under way; after a kill, the same call with `resume` goes on
     to the same file.
@@ -105,14 +112,35 @@ def compress(
         given["state"] = state = State(path.with_name(f".{path.name}.state"), about, resume)
     elif resume:
         raise InputError(f"--resume: {method} keeps nothing to go on with; it begins anew in a moment")
+    given |= {"size": size, "seed": seed, "device": device, "progress": progress}
     started = time.perf_counter()
-    data = codec.encode(clip, size=size, seed=seed, device=device, progress=progress, **given)
+    cut = _segment(clip, method, segment)
+    if cut is None:
+        data = codec.encode(clip, **given)
+    else:
+        from frameloom.tasks.compression.segments import Segments
+
+        data = Segments.encode(codec, clip, cut, **{"state": None} | given)
     write_whole(path, data)
     if state is not None:
         state.forget()
     header = parse(data).header
     rate = bits_per_pixel(len(data), header.frames, header.height, header.width)
     return Report(path, method, len(data), rate, time.perf_counter() - started)
+
+
+def _segment(clip: Clip, method: str, segment: int | None) -> int | None:
+    """Frames of a segment, for methods that hold the whole clip; None to take it whole."""
+    from frameloom.tasks.compression.segments import length
+
+    if card(method).streams:
+        if segment is not None:
+            raise InputError(f"--segment: {method} never holds the whole clip and needs no segments")
+        return None
+    if segment is None and len(clip) > length(clip):
+        segment = length(clip)
+        _log.warning("%d frames are more than a fit holds; they are fitted in segments of %d", len(clip), segment)
+    return segment
 
 
 def codec_and_settings(method: str, settings: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
@@ -177,7 +205,7 @@ def decompress(source: str | Path | bytes, frames: Sequence[int] | None = None, 
 def inspect(source: str | Path | bytes) -> dict[str, Any]:
     """The header of a `.flm` file and every section's bytes and bits per pixel."""
     data, origin = _load(source)
-    return _codec(parse(data, origin).header, origin).inspect(data)
+    return codec_of(parse(data, origin).header, origin).inspect(data)
 
 
 def parse_frames(text: str, count: int, flag: str = "--frames") -> list[int]:
@@ -220,7 +248,7 @@ class CompressedSource(Source):
         self.data, self.chosen, self.region = data, chosen, region
         container = parse(data, origin)
         self.header = header = container.header
-        self.codec = _codec(header, origin)
+        self.codec = codec_of(header, origin)
         self._times = None if chosen is not None else unpack_times(container)
         self.info = Info(
             width=header.width if region is None else region[2],
@@ -336,7 +364,12 @@ def _load(source: str | Path | bytes) -> tuple[bytes, str]:
         raise InputError(f"{source}: {error.strerror or error}") from None
 
 
-def _codec(header: Header, origin: str) -> Any:
+def codec_of(header: Header, origin: str) -> Any:
+    """The codec that made a file. Raises InputError for one that is not installed."""
+    if header.method == "segments":
+        from frameloom.tasks.compression.segments import Segments
+
+        return Segments
     try:
         return card(header.method, "compress").load_class()
     except InputError:

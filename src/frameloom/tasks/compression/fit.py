@@ -43,15 +43,16 @@ def falling(progress: float) -> float:
 class State:
     """Where a fit keeps itself, so that a killed one goes on: the stage it is in, its step and its weights.
 
-    A fit may have several stages (a video in groups, a rate stage after the fit); a stage that the file has left
-    behind is skipped. `more` are tensors that later stages need of earlier ones. `about` says which video and which
-    settings the state belongs to.
+    A fit may have several stages (a video in groups, a rate stage after the fit), counted from `base` where one fit
+    follows another; a stage that the file has left behind is skipped. `more` are tensors that later stages need of
+    earlier ones. `about` says which video and which settings the state belongs to.
     """
 
     path: Path
     about: str
     resume: bool = False
     stage: int = 0
+    base: int = 0
     step: int = 0
     elapsed: float = 0.0
     more: dict[str, Tensor] = field(default_factory=dict)
@@ -79,7 +80,7 @@ class State:
 
     def restart(self, **more: Tensor) -> None:
         """From the first stage again, with `more` remembered: the next fit is of another network."""
-        self.stage, self.step, self.elapsed = 0, 0, 0.0
+        self.stage, self.step, self.elapsed = self.base, 0, 0.0
         self.more |= more
 
     def forget(self) -> None:
@@ -112,6 +113,8 @@ def descend(
         InputError: the loss is no finite number any more; the step is named.
         Interrupted: Ctrl-C; with a `state`, it is saved.
     """
+    if state is not None:
+        stage += state.base
     rates = [[group["lr"] for group in optimiser.param_groups] for optimiser in optimisers]
     done, before = 0, 0.0
     if state is not None and state.resume:
