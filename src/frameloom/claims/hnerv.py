@@ -37,7 +37,7 @@ torch.save(decoded.bytes_tensor(), sys.argv[2])
 """
 
 
-def run(*, seed: int, retrain: bool, progress: Progress, epochs: int = 150) -> Result:
+def run(*, seed: int, retrain: bool, progress: Progress, epochs: int = 300) -> Result:
     """Fit both networks, and HNeRV with NeRV's kernels and channels, and measure what their files hold.
 
     Rows are measured on frames decoded from the file. Everything is fitted anew each time, so `retrain` changes

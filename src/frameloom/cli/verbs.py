@@ -255,6 +255,7 @@ def compress(
     strides: Annotated[str | None, typer.Option(help="upsampling of a learned codec, such as 5,4,4,2,2")] = None,
     fit: Annotated[str | None, typer.Option(help="pad or crop frames that the strides do not divide")] = None,
     preset: options.Preset = None,
+    weights: options.Weights = None,
     set: Annotated[list[str] | None, typer.Option(help="a setting of the method's own, such as gop=24")] = None,
     segment: Annotated[int | None, typer.Option(help="frames of each fit, for clips longer than memory")] = None,
     resume: options.Resume = False,
@@ -279,7 +280,7 @@ def compress(
     check_target(output, clip.source.inputs())
     terminal.say(terminal.describe(clip, Path(input).name))
     own = {"epochs": epochs, "minutes": minutes, "base": base, "strides": parse_numbers(strides, "--strides"),
-           "fit": fit, "preset": preset} | parse_settings(set or [])  # fmt: skip
+           "fit": fit, "preset": preset, "weights": weights} | parse_settings(set or [])  # fmt: skip
     with terminal.bar("steps") as progress:
         report = verb(clip, output, method, size=parse_size(size), bpp=bpp, quality=quality, segment=segment,
                       resume=resume, seed=seed, device=device, progress=progress, **own)  # fmt: skip
@@ -295,6 +296,7 @@ def decompress(
     output: options.Output,
     frames: Annotated[str | None, typer.Option(help="only these, in this order: 17, 10:40, 0,10:20")] = None,
     region: Annotated[str | None, typer.Option(help="only this part of every frame: x,y,width,height")] = None,
+    weights: options.Weights = None,
     codec: options.Codec = "h264",
     crf: options.Crf = None,
     preset: options.Preset = None,
@@ -307,10 +309,10 @@ def decompress(
     from frameloom.tasks.compression.base import parse_frames, parse_region
 
     terminal.listen()
-    clip = verb(input, region=parse_region(region))
+    clip = verb(input, region=parse_region(region), weights=weights)
     terminal.say(terminal.describe(clip, input.name))
     if frames is not None:
-        clip = verb(input, parse_frames(frames, len(clip)), parse_region(region))
+        clip = verb(input, parse_frames(frames, len(clip)), parse_region(region), weights)
     finish(clip, output, codec=codec, crf=crf, preset=preset, resume=resume, json=json)
 
 

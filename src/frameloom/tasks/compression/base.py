@@ -183,11 +183,12 @@ def decompress(source: str | Path | bytes, frames: Sequence[int] | None = None, 
     """The clip in a `.flm` file; each frame is decoded when it is asked for.
 
     `frames` picks frames by number, in any order; they are then shown at the file's own rate. `region` is x, y, width
-    and height of a part of every frame.
+    and height of a part of every frame. `weights` are those that a learned codec's file was made with, if not the
+    shipped ones.
     Raises InputError for a damaged file, a method that is not installed, frames and regions that are not there.
     """
     data, origin = _load(source)
-    whole = CompressedSource(data, origin)
+    whole = CompressedSource(data, origin, weights=weights)
     if region is not None:
         x, y, width, height = region
         wide, tall = whole.header.width, whole.header.height
@@ -199,7 +200,7 @@ def decompress(source: str | Path | bytes, frames: Sequence[int] | None = None, 
     for number in chosen or []:
         if not 0 <= number < whole.header.frames:
             raise InputError(f"--frames {number}: {origin} has frames 0 to {whole.header.frames - 1}")
-    return Clip(CompressedSource(data, origin, chosen, region))
+    return Clip(CompressedSource(data, origin, chosen, region, weights))
 
 
 def inspect(source: str | Path | bytes) -> dict[str, Any]:
@@ -243,9 +244,14 @@ class CompressedSource(Source):
     """Frames of a compressed file, all of them or those in `chosen`; of each, all or `region`."""
 
     def __init__(
-        self, data: bytes, origin: str, chosen: Sequence[int] | None = None, region: Region | None = None
+        self,
+        data: bytes,
+        origin: str,
+        chosen: Sequence[int] | None = None,
+        region: Region | None = None,
+        weights: str | Path | None = None,
     ) -> None:
-        self.data, self.chosen, self.region = data, chosen, region
+        self.data, self.chosen, self.region, self.weights = data, chosen, region, weights
         container = parse(data, origin)
         self.header = header = container.header
         self.codec = codec_of(header, origin)
@@ -271,9 +277,17 @@ class CompressedSource(Source):
         times = self.times()
         numbers = range(len(times))[start:stop]
         wanted = numbers if self.chosen is None else self.chosen[start:stop]
+        takes = introspection.signature(self.codec.decode).parameters
+        given: dict[str, Any] = {}
         # Some methods need not draw the rest of the frame.
-        partly = self.region is not None and "region" in introspection.signature(self.codec.decode).parameters
-        pictures = self.codec.decode(self.data, wanted, **({"region": self.region} if partly else {}))
+        partly = self.region is not None and "region" in takes
+        if partly:
+            given["region"] = self.region
+        if self.weights is not None:
+            if "weights" not in takes:
+                raise InputError(f"--weights: files of {self.header.method} hold all that they need")
+            given["weights"] = self.weights
+        pictures = self.codec.decode(self.data, wanted, **given)
         for number, picture in zip(numbers, pictures, strict=True):
             if self.region is not None and not partly:
                 x, y, width, height = self.region

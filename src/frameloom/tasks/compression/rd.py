@@ -83,15 +83,18 @@ def rate_distortion(
     learned = [name for name in methods or LEARNED if name not in CONVENTIONAL]
     points = []
     for method in [*CONVENTIONAL, *(name for name in learned if methods or name in known)]:
-        accepted = introspection.signature(card(method, "compress").load_class().encode).parameters
+        codec = card(method, "compress").load_class()
+        accepted = introspection.signature(codec.encode).parameters
         own = {"minutes": minutes, "epochs": epochs, "device": device, "seed": seed}
         own = {name: value for name, value in own.items() if name in accepted}
-        for goal in sorted(bits):
-            size = int(goal * len(clip) * clip.info.width * clip.info.height / 8)
+        pixels = len(clip) * clip.info.width * clip.info.height
+        # A codec whose files follow from the video has points of its own in place of sizes.
+        wishes = getattr(codec, "points", [{"size": int(goal * pixels / 8)} for goal in sorted(bits)])
+        for wish in wishes:
             try:
-                points.append(measure(clip, method, size=size, progress=progress, **own))
+                points.append(measure(clip, method, progress=progress, **wish, **own))
             except InputError as error:
-                _log.warning("%s at %g bits a pixel is left out: %s", method, goal, error)
+                _log.warning("%s at %s is left out: %s", method, ", ".join(f"{k} {v}" for k, v in wish.items()), error)
     if not points:
         raise InputError("no codec can make a file of these sizes; ask for more bits a pixel")
     return points
