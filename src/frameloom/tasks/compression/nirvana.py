@@ -52,6 +52,8 @@ WIDE, NARROW = 0.0, 4.0  # the density's first parameter for whole integers and 
 # What Adam steps in is a latent's own unit: learning rates of latents, of scales, of tensors with a fixed unit.
 PACE_LATENT, PACE_SCALE, PACE_FIXED = 100, 10, 4 / UNIT
 LATER = 0.25  # the learning rate of a group that starts from the one before
+STEPS = 12  # bytes: a float32 for each layer of the stem
+LARGEST_STEP = 1e3
 EVERY = 10  # steps between two looks at div, and at the quality
 BATCH = 16  # patches drawn at once: always the same ones together, so that any part of a frame is the whole's
 MAX_PARAMETERS = 1 << 24
@@ -309,12 +311,15 @@ class Nirvana(SectionedCodec, nn.Module):
 
     def read(self, payload: bytes, before: Sequence[np.ndarray] | None) -> list[np.ndarray]:
         """The integers in a payload; InputError for a damaged one."""
-        return unpack_nearby(payload[12:], [one.latent.numel() for _, one in self.coded()], before)
+        steps = np.frombuffer(payload[:STEPS].ljust(STEPS, b"\xff"), "<f4")
+        if not (np.abs(steps) <= LARGEST_STEP).all():  # true of what is not a number, too
+            raise InputError("section 'groups' is damaged; a group's scales are no scales")
+        return unpack_nearby(payload[STEPS:], [one.latent.numel() for _, one in self.coded()], before)
 
     @torch.no_grad()
     def load(self, payload: bytes, integers: Sequence[np.ndarray]) -> None:
         """Become the network of a group."""
-        steps = iter(np.frombuffer(payload[:12], "<f4").tolist())
+        steps = iter(np.frombuffer(payload[:STEPS], "<f4").tolist())
         for (_, one), run in zip(self.coded(), integers, strict=True):
             one.latent.copy_(torch.from_numpy(run).reshape(one.latent.shape))
             one.div.fill_(1)
