@@ -18,7 +18,6 @@ Implicit Representations of Videos with Adaptive Networks and Autoregressive Pat
 arXiv 2212.14593. V. Sitzmann et al., Implicit Neural Representations with Periodic Activation Functions, NeurIPS 2020.
 """
 
-import logging
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
@@ -33,22 +32,20 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from frameloom.bitstream.container import Container, Header, parse, whole
-from frameloom.bitstream.entropy import FactorisedPrior, noisy, rounded
-from frameloom.bitstream.nearby import LIMIT, pack_nearby, unpack_nearby
+from frameloom.bitstream.latent import UNIT, Latent
+from frameloom.bitstream.nearby import pack_nearby, unpack_nearby
 from frameloom.bitstream.varint import pack_numbers, unpack_numbers
 from frameloom.errors import InputError
-from frameloom.motion.cuts import change
 from frameloom.progress import Progress, silent
 from frameloom.tasks.compression.base import SectionedCodec, describe, pack_times
 from frameloom.tasks.compression.fit import State, descend, falling
+from frameloom.tasks.compression.framing import grouped
 from frameloom.video.clip import Clip
 
 FREQUENCY = 30.0  # of every sine layer
 FRAME_BASE = 100.0
-UNIT = 2.0**-8  # of biases and convolutions
 LATENTS = (200.0, 3.0)  # how far latents of the first and of other layers reach at the start
-PRIOR_STEPS, PRIOR_RATE = 1, 1e-2
-WIDE, NARROW = 0.0, 4.0  # the density's first parameter for whole integers and for differences
+PRIOR_RATE = 1e-2
 # What Adam steps in is a latent's own unit: learning rates of latents, of scales, of tensors with a fixed unit.
 PACE_LATENT, PACE_SCALE, PACE_FIXED = 100, 10, 4 / UNIT
 LATER = 0.25  # the learning rate of a group that starts from the one before
@@ -59,17 +56,15 @@ BATCH = 16  # patches drawn at once: always the same ones together, so that any 
 MAX_PARAMETERS = 1 << 24
 MAX_ACTIVATIONS = 1 << 30
 
-log = logging.getLogger("frameloom.nirvana")
-
 
 @dataclass(frozen=True, kw_only=True)
 class Config:
     """The network of a group: `group` frames, patches of `patch` pixels, `hidden` sines, `channels` features."""
 
-    patch: int = 32
+    patch: int = 16
     group: int = 3
-    hidden: int = 48
-    channels: int = 16
+    hidden: int = 96
+    channels: int = 8
 
     @property
     def parameters(self) -> int:
@@ -106,51 +101,14 @@ class Config:
         return None
 
 
-class Coded(nn.Module):
-    """A tensor that a file keeps as integers: round(latent) * scale / div.
-
-    `reference` holds the integers that the file has already; what is priced is the distance from there. A learned
-    scale goes with a div that follows the largest integer; a fixed one is the unit itself.
-    """
-
-    def __init__(self, shape: Sequence[int], bound: float, reach: float | None = None) -> None:
-        super().__init__()
-        self.learned = reach is not None
-        reach = bound / UNIT if reach is None else reach
-        self.latent = nn.Parameter(torch.empty(tuple(shape)).uniform_(-reach, reach))
-        scale = torch.full((), bound if self.learned else UNIT)
-        if self.learned:
-            self.scale = nn.Parameter(scale)
-        else:
-            self.register_buffer("scale", scale)
-        self.register_buffer("div", torch.ones(()))
-        self.register_buffer("reference", torch.zeros(tuple(shape)))
-        self.prior = FactorisedPrior(1, PRIOR_STEPS)
-        self.renew()
-
-    def integers(self) -> Float[Tensor, "..."]:
-        return rounded(self.latent.clamp(-LIMIT, LIMIT))
-
-    def forward(self) -> Float[Tensor, "..."]:
-        return self.integers() * (self.scale / self.div)
-
-    def bits(self) -> Float[Tensor, ""]:
-        return self.prior.bits((noisy(self.latent) - self.reference).reshape(-1, 1)).clamp(0, 50).sum()
-
-    @torch.no_grad()
-    def renew(self) -> None:
-        if self.learned:
-            self.div.copy_(self.integers().abs().max().clamp(min=1))
-
-
 class Linear(nn.Module):
     """A layer of a sine network; `first` layers read coordinates."""
 
     def __init__(self, inside: int, outside: int, first: bool = False) -> None:
         super().__init__()
         bound = 1 / inside if first else math.sqrt(6 / inside) / FREQUENCY
-        self.weight = Coded((outside, inside), bound, LATENTS[0 if first else 1])
-        self.bias = Coded((outside,), bound)
+        self.weight = Latent((outside, inside), bound, LATENTS[0 if first else 1])
+        self.bias = Latent((outside,), bound)
 
     def forward(self, x: Float[Tensor, "n inside"]) -> Float[Tensor, "n outside"]:
         return F.linear(x, self.weight(), self.bias())
@@ -163,8 +121,8 @@ class FrameConv(nn.Module):
         super().__init__()
         bound = 1 / math.sqrt(9 * inside)
         self.frames = frames
-        self.weight = Coded((frames * outside, inside, 3, 3), bound)
-        self.bias = Coded((frames * outside,), bound)
+        self.weight = Latent((frames * outside, inside, 3, 3), bound)
+        self.bias = Latent((frames * outside,), bound)
 
     def forward(self, x: Float[Tensor, "n gi h w"]) -> Float[Tensor, "n go h w"]:
         return F.conv2d(x, self.weight(), self.bias(), padding=1, groups=self.frames)
@@ -200,7 +158,7 @@ class Nirvana(SectionedCodec, nn.Module):
     @classmethod
     def preset(cls, size: str) -> Config:
         """`tiny`: patches of 16, 96 sines, for pictures of 128 pixels. `paper`: patches of 32, 512 sines."""
-        return Config(patch=16, hidden=96, channels=8) if size == "tiny" else Config(hidden=512)
+        return Config() if size == "tiny" else Config(patch=32, hidden=512, channels=16)
 
     def features(self, centres: Float[Tensor, "n 2"]) -> Float[Tensor, "n c h w"]:
         """What all frames of a group share."""
@@ -215,9 +173,7 @@ class Nirvana(SectionedCodec, nn.Module):
         frame = torch.arange(self.config.group, dtype=torch.float64)[:, None]
         return torch.sin(frame * FRAME_BASE ** -(channel // 2) + channel % 2 * math.pi / 2).float()
 
-    def draw(
-        self, features: Float[Tensor, "n c h w"], codes: Float[Tensor, "g c"]
-    ) -> Float[Tensor, "n g 3 p p"]:
+    def draw(self, features: Float[Tensor, "n c h w"], codes: Float[Tensor, "g c"]) -> Float[Tensor, "n g 3 p p"]:
         """Patches of every frame; frame j depends on the features and on row j of `codes`."""
         # Frame-major, as the convolutions' groups are: the released code orders by channel, which mixes the frames.
         x = features[:, None] + codes.to(features)[:, :, None, None]
@@ -227,9 +183,9 @@ class Nirvana(SectionedCodec, nn.Module):
     def forward(self, centres: Float[Tensor, "n 2"]) -> Float[Tensor, "n g 3 p p"]:
         return self.draw(self.features(centres), self.frame_codes())
 
-    def coded(self) -> list[tuple[str, Coded]]:
+    def coded(self) -> list[tuple[str, Latent]]:
         """All that a file keeps, in its order."""
-        return [(name, module) for name, module in self.named_modules() if isinstance(module, Coded)]
+        return [(name, module) for name, module in self.named_modules() if isinstance(module, Latent)]
 
     def pictures(self, height: int, width: int) -> Float[Tensor, "g 3 h w"]:
         """The group's frames, as drawn in one batch while fitting; not clamped."""
@@ -244,7 +200,7 @@ class Nirvana(SectionedCodec, nn.Module):
         *,
         steps: int,
         minutes: float | None = None,
-        rate_weight: float = 5e-3,
+        rate_weight: float = 2e-3,
         learning_rate: float = 2e-3,
         quality: float | None = None,
         stage: int = 0,
@@ -292,17 +248,10 @@ class Nirvana(SectionedCodec, nn.Module):
     def integers(self) -> list[np.ndarray]:
         return [one.integers().detach().cpu().numpy().astype(np.int64).ravel() for _, one in self.coded()]
 
-    @torch.no_grad()
     def relate_to(self, integers: Sequence[np.ndarray] | None, anew: bool) -> None:
         """Price what comes by its distance from these integers, or from 0; `anew` by a density that knows nothing."""
         for which, (_, one) in enumerate(self.coded()):
-            if integers is None:
-                one.reference.zero_()
-            else:
-                one.reference.copy_(torch.from_numpy(integers[which]).reshape(one.reference.shape))
-            if anew:
-                one.prior.stretch.fill_(WIDE if integers is None else NARROW)
-                one.prior.shift.zero_()
+            one.relate_to(None if integers is None else integers[which], anew)
 
     def to_payload(self, before: Sequence[np.ndarray] | None) -> bytes:
         """The group's bytes: the learned steps of its integers, then those, near the integers `before`."""
@@ -332,14 +281,14 @@ class Nirvana(SectionedCodec, nn.Module):
         *,
         size: int | None = None,
         group: int = 3,
-        patch: int = 32,
-        hidden: int = 48,
-        channels: int = 16,
+        patch: int = 16,
+        hidden: int = 96,
+        channels: int = 8,
         key: int = 0,
         iterations: int = 400,
-        later: int = 100,
+        later: int = 80,
         minutes: float | None = None,
-        rate_weight: float = 5e-3,
+        rate_weight: float = 2e-3,
         quality: float | None = None,
         learning_rate: float = 2e-3,
         split_on_cuts: bool = False,
@@ -362,8 +311,8 @@ class Nirvana(SectionedCodec, nn.Module):
         Holds one group of frames in memory. Raises InputError for settings that make no network.
         """
         if size is not None:
-            raise InputError(f"--size {size}: nirvana's file follows from the video; use --rate-weight (more is smaller), "
-                             "--hidden or --quality, or --method x264, which meets a size")  # fmt: skip
+            raise InputError(f"--size {size}: nirvana's file follows from the video; use --rate-weight (more is "
+                             "smaller), --hidden or --quality, or --method x264, which meets a size")  # fmt: skip
         config = Config(patch=patch, group=group, hidden=hidden, channels=channels)
         if problem := config.problem(clip.info.height, clip.info.width):
             raise InputError(f"--{problem}")
@@ -391,8 +340,8 @@ class Nirvana(SectionedCodec, nn.Module):
                 network.relate_to(before, anew=is_key or was_key)
                 target = torch.stack(pictures + pictures[-1:] * (group - len(pictures))).to(device)
                 network.fit(target, steps=steps, minutes=None if minutes is None else minutes * steps / shares,
-                            rate_weight=rate_weight, learning_rate=learning_rate * (1 if fresh else LATER), quality=quality, stage=stage,
-                            state=state, seed=seed + stage, progress=progress,
+                            rate_weight=rate_weight, learning_rate=learning_rate * (1 if fresh else LATER),
+                            quality=quality, stage=stage, state=state, seed=seed + stage, progress=progress,
                             label=f"group {stage + 1} of {max(count, stage + 1)}")  # fmt: skip
                 payload, before = network.to_payload(before), network.integers()
                 if state is not None:
@@ -476,33 +425,6 @@ def centres(rows: int, columns: int) -> Float[Tensor, "n 2"]:
     return torch.stack([x.repeat(rows), y.repeat_interleave(columns)], 1)
 
 
-def grouped(clip: Clip, size: int, split: bool) -> Iterator[tuple[list[Float[Tensor, "3 h w"]], bool]]:
-    """Groups of up to `size` frames, and whether a group is known to begin at a cut (only with `split`)."""
-    held: list[Tensor] = []
-    last, cut, noted = None, False, False
-    for number, frame in enumerate(clip):
-        picture = frame.rgb
-        if picture.shape[-2:] != (clip.info.height, clip.info.width):
-            raise InputError(f"{clip.info.name}: frame {number} is {picture.shape[-1]}x{picture.shape[-2]}; all frames "
-                             f"of a clip must be {clip.info.width}x{clip.info.height}")  # fmt: skip
-        if len(held) == size:
-            yield held, cut
-            held, cut = [], False
-        if last is not None and (held or split) and not noted and change(last, picture).cut:
-            if split:
-                if held:
-                    yield held, cut
-                held, cut = [], True
-            else:
-                noted = True
-                log.info("a cut at frame %d lies inside a group; --split-on-cuts ends groups at cuts", number)
-        held.append(picture)
-        last = picture
-    if not held:
-        raise InputError(f"{clip.info.name}: no frames")
-    yield held, cut
-
-
 def read_index(container: Container) -> list[Group]:
     """Where each group lies; checked as untrusted input."""
     count, index = container.header.config.get("groups"), container.section("index")
@@ -510,7 +432,9 @@ def read_index(container: Container) -> list[Group]:
     numbers, end = unpack_numbers(index, 2 * count)
     sizes, frames = [number // 2 for number in numbers[0::2]], numbers[1::2]
     keys = [bool(number % 2) for number in numbers[0::2]]
-    fits = end == len(index) and sum(sizes) == len(container.section("groups")) and sum(frames) == container.header.frames
+    fits = (
+        end == len(index) and sum(sizes) == len(container.section("groups")) and sum(frames) == container.header.frames
+    )
     most = container.header.config.get("group")
     if not (fits and keys[0] and all(type(most) is int and 1 <= one <= most for one in frames)):
         raise InputError("section 'index' is damaged")
