@@ -91,8 +91,8 @@ def run(*, seed: int, retrain: bool, progress: Progress, iterations: int = 300, 
         steps, target = _steps(pictures.float() / 255, iterations, seed, progress)
         warm, cold, priced = (count if at >= target else math.inf for count, at in steps)
         shown = [count if count < math.inf else f"not in {iterations}" for count in (warm, cold, priced)]
-        rows.append({"name": f"steps to {target:.1f} dB, {name}", "from the weights before": shown[0],
-                     "from none": shown[1], "from the weights before, with the difference priced": shown[2]})  # fmt: skip
+        starts = ("from the weights before", "from none", "from the weights before, with the difference priced")
+        rows.append({"name": f"steps to {target:.1f} dB, {name}"} | dict(zip(starts, shown, strict=True)))
     ratio = float(np.mean(sizes["fast"][1:4]) / np.mean(sizes["rest"][1:4]))
     mixed = sizes["rest, then fast"]
     # Seconds of two and of four groups after the first.
