@@ -11,7 +11,8 @@ keeps round(L_k) - round(L_{k-1}). With q the learned density of what is kept,
     minimise  mean | f_k - frames |^2  +  rate weight * mean of -log2 q( L_k - round(L_{k-1}) + u ),   u in +-1/2.
 
 Ours, not the paper's: the difference is priced while fitting, not L alone; biases and convolutions are integers too, of
-a fixed unit, and priced (at small sizes they weigh as much as the rest); the rate of learning falls; key groups.
+a fixed unit, and priced (at small sizes they weigh as much as the rest); the rate of learning falls along half a cosine
+where the paper keeps the best state of a constant one; and every so many groups one may be stored whole, a key group.
 
 S. R. Maiya, S. Girish, M. Ehrlich, H. Wang, K. S. Lee, P. Poirson, P. Wu, C. Wang, A. Shrivastava, NIRVANA: Neural
 Implicit Representations of Videos with Adaptive Networks and Autoregressive Patch-wise Modeling, CVPR 2023,
