@@ -122,6 +122,9 @@ def descend(
             return steps or 0
         if state.stage == stage and state.step:
             done, before = state.restore(module, optimisers)
+    # A stage that had ended before the kill stays so, and one that is good enough as it starts takes no step.
+    if reached is not None and reached(done):
+        return done
     begun = kept = time.monotonic()
     module.train()
     try:
