@@ -256,6 +256,11 @@ def test_a_region_outside_the_frame_is_refused(coded, region):
         decompress(coded[2], region=region)
 
 
+def test_weights_are_refused_for_files_that_need_none(coded):
+    with pytest.raises(InputError, match=r"--weights: files of .* hold all that they need"):
+        decompress(coded[2], weights="tiny").tensor()
+
+
 def test_a_rate_may_be_given_in_bits_a_pixel(tmp_path):
     report = compress(moving(), tmp_path / "out.flm", "x264", bpp=0.5)
     assert 0.4 < report.bits_per_pixel <= 0.5

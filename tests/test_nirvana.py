@@ -19,6 +19,7 @@ from frameloom.bitstream.nearby import LIMIT, pack_nearby, spike_table, unpack_n
 from frameloom.bitstream.varint import pack_numbers, unpack_numbers
 from frameloom.errors import InputError
 from frameloom.metrics import psnr
+from frameloom.tasks.compression import fit as fit_module
 from frameloom.tasks.compression.base import compress, decompress
 from frameloom.tasks.compression.fit import State
 from frameloom.tasks.compression.framing import grouped
@@ -206,9 +207,7 @@ def test_a_frame_that_stands_still_costs_little():
 def test_a_quality_that_is_there_ends_a_group():
     still = Clip.from_tensor(moving(1).bytes_tensor().expand(6, -1, -1, -1))
     steps = []
-    data = Nirvana.encode(
-        still, **QUICK | {"iterations": 300}, quality=15.0, progress=lambda *call: steps.append(call[0])
-    )
+    data = Nirvana.encode(still, **QUICK | {"iterations": 300}, psnr=15.0, progress=lambda *call: steps.append(call[0]))
     assert set(steps) == {"group 1 of 2"}
     assert len(steps) < 300
     assert psnr(decompress(data).tensor(), still.tensor()) > 14.99
@@ -343,14 +342,16 @@ class Killed(BaseException):
 
 
 @pytest.mark.parametrize("at", [(1, 30), (2, 10), (4, 1)])
-def test_a_killed_fit_goes_on_to_the_same_file(tmp_path, fitted, at):
+def test_a_killed_fit_goes_on_to_the_same_file(tmp_path, monkeypatch, fitted, at):
+    monkeypatch.setattr(fit_module, "KEEP_EVERY", 0.0)
+
     def stop(label, done, total):
         if label == f"group {at[0]} of 4" and done == at[1]:
             raise Killed
 
     path = tmp_path / "state.safetensors"
     with pytest.raises(Killed):
-        Nirvana.encode(moving(10), key=3, state=State(path, "this", every=0.0), progress=stop, **QUICK)
+        Nirvana.encode(moving(10), key=3, state=State(path, "this"), progress=stop, **QUICK)
     seen = []
     state = State(path, "this", resume=True)
     resumed = Nirvana.encode(moving(10), key=3, state=state, progress=lambda *call: seen.append(call[0]), **QUICK)
@@ -364,7 +365,7 @@ def test_a_cut_inside_a_group_is_noted_once(caplog):
         sizes = [len(pictures) for pictures, _ in grouped(two_scenes(), 3, False)]
     assert sizes == [3, 3, 3]
     assert [record.message for record in caplog.records] == [
-        "a cut at frame 4 lies inside a group; --split-on-cuts ends groups at cuts"
+        "a cut at frame 4 lies inside a group; --set split_on_cuts=true ends groups at cuts"
     ]
 
 
@@ -381,19 +382,19 @@ def test_groups_end_at_cuts_when_asked(cut, sizes, begins):
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"patch": 30}, "--patch 30: the head needs a multiple of 4"),
-        ({"patch": 0}, "--patch 0"),
-        ({"group": 0}, "--group 0: a group has 1 to 64 frames"),
-        ({"hidden": 0}, "--hidden 0"),
+        ({"patch": 30}, "--set patch 30: the head needs a multiple of 4"),
+        ({"patch": 0}, "--set patch 0"),
+        ({"group": 0}, "--set group 0: a group has 1 to 64 frames"),
+        ({"hidden": 0}, "--set hidden 0"),
         ({"hidden": 1 << 20}, "of this size cannot be meant"),
-        ({"size": 5000}, "--size 5000: nirvana's file follows from the video; use --rate-weight"),
-        ({"iterations": 0}, "--iterations 0: it is 1 or more"),
-        ({"later": -1}, "--later -1"),
-        ({"key": -1}, "--key -1"),
+        ({"size": 5000}, "--size 5000: nirvana's file follows from the video; use --quality 28dB"),
+        ({"iterations": 0}, "--set iterations=0: it is 1 or more"),
+        ({"later": -1}, "--set later=-1"),
+        ({"key": -1}, "--set key=-1"),
         ({"minutes": 0.0}, "--minutes 0.0: it is above 0"),
-        ({"rate_weight": -1.0}, "--rate-weight -1.0"),
-        ({"quality": math.nan}, "--quality nan: a finite number"),
-        ({"learning_rate": 0.0}, "--learning-rate 0.0"),
+        ({"rate_weight": -1.0}, "--set rate_weight=-1.0"),
+        ({"psnr": math.nan}, "--psnr nan: a finite number"),
+        ({"learning_rate": 0.0}, "--set learning_rate=0.0"),
     ],
 )
 def test_settings_that_make_no_file_are_refused(settings, message):

@@ -143,7 +143,7 @@ def _steps(video: Tensor, iterations: int, seed: int, progress: Progress) -> tup
     found = []
     for which, rate in ((network, LATER), (_fresh(seed + 1), 1), (priced, LATER)):
         steps = which.fit(second, steps=iterations, learning_rate=rate * LEARNING_RATE, rate_weight=RATE_WEIGHT,
-                          quality=target, seed=seed,
+                          psnr=target, seed=seed,
                           progress=progress, label="steps to a quality")  # fmt: skip
         found.append((steps, which.quality(second)))
     return found, target

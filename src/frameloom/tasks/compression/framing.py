@@ -94,7 +94,7 @@ def grouped(clip: Clip, size: int, split: bool) -> Iterator[tuple[list[Float[Ten
                 held, cut = [], True
             else:
                 noted = True
-                log.info("a cut at frame %d lies inside a group; --split-on-cuts ends groups at cuts", number)
+                log.info("a cut at frame %d lies inside a group; --set split_on_cuts=true ends groups at cuts", number)
         held.append(picture)
         last = picture
     if not held:

@@ -143,6 +143,7 @@ class Nirvana(SectionedCodec, nn.Module):
     """The network of one group of frames."""
 
     method: ClassVar[str] = "nirvana"
+    points: ClassVar[list[dict[str, Any]]] = [{"hidden": hidden} for hidden in (32, 64, 128)]  # for curves
 
     def __init__(self, config: Config) -> None:
         super().__init__()
@@ -203,7 +204,7 @@ class Nirvana(SectionedCodec, nn.Module):
         minutes: float | None = None,
         rate_weight: float = 2e-3,
         learning_rate: float = 2e-3,
-        quality: float | None = None,
+        psnr: float | None = None,
         stage: int = 0,
         state: State | None = None,
         seed: int = 0,
@@ -233,7 +234,7 @@ class Nirvana(SectionedCodec, nn.Module):
             return loss
 
         def reached(done: int) -> bool:
-            return quality is not None and done % EVERY == 0 and self.quality(target) >= quality
+            return psnr is not None and done % EVERY == 0 and self.quality(target) >= psnr
 
         return descend(
             self, optimisers, loss_at, steps=steps, minutes=minutes, schedule=falling, reached=reached, stage=stage,
@@ -290,7 +291,7 @@ class Nirvana(SectionedCodec, nn.Module):
         later: int = 80,
         minutes: float | None = None,
         rate_weight: float = 2e-3,
-        quality: float | None = None,
+        psnr: float | None = None,
         learning_rate: float = 2e-3,
         split_on_cuts: bool = False,
         state: State | None = None,
@@ -306,19 +307,20 @@ class Nirvana(SectionedCodec, nn.Module):
             iterations: steps on the first group; every other takes `later`.
             minutes: for the whole clip; a group that has used its share ends early.
             rate_weight: what a bit costs against the mean squared error; more makes smaller files.
-            quality: PSNR in dB at which a group ends.
+            psnr: of what is stored, in dB, at which a group ends.
             split_on_cuts: a group ends at a cut; the next is a key group and takes `iterations`.
 
         Holds one group of frames in memory. Raises InputError for settings that make no network.
         """
         if size is not None:
-            raise InputError(f"--size {size}: nirvana's file follows from the video; use --rate-weight (more is "
-                             "smaller), --hidden or --quality, or --method x264, which meets a size")  # fmt: skip
+            raise InputError(f"--size {size}: nirvana's file follows from the video; use --quality 28dB, --set "
+                             "rate_weight=0.01 (more is smaller) or --set hidden=48, or --method hnerv, which meets "
+                             "a size")  # fmt: skip
         config = Config(patch=patch, group=group, hidden=hidden, channels=channels)
         if problem := config.problem(clip.info.height, clip.info.width):
-            raise InputError(f"--{problem}")
+            raise InputError(f"--set {problem}")
         check_settings(key=key, iterations=iterations, later=later, minutes=minutes, rate_weight=rate_weight,
-                       quality=quality, learning_rate=learning_rate)  # fmt: skip
+                       psnr=psnr, learning_rate=learning_rate)  # fmt: skip
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             network = cls(config).to(device)
@@ -342,7 +344,7 @@ class Nirvana(SectionedCodec, nn.Module):
                 target = torch.stack(pictures + pictures[-1:] * (group - len(pictures))).to(device)
                 network.fit(target, steps=steps, minutes=None if minutes is None else minutes * steps / shares,
                             rate_weight=rate_weight, learning_rate=learning_rate * (1 if fresh else LATER),
-                            quality=quality, stage=stage, state=state, seed=seed + stage, progress=progress,
+                            psnr=psnr, stage=stage, state=state, seed=seed + stage, progress=progress,
                             label=f"group {stage + 1} of {max(count, stage + 1)}")  # fmt: skip
                 payload, before = network.to_payload(before), network.integers()
                 if state is not None:
@@ -444,9 +446,10 @@ def read_index(container: Container) -> list[Group]:
 
 def check_settings(**values: float | int | None) -> None:
     """InputError for the first of the settings that cannot be meant."""
+    # `minutes` and `psnr` have flags of their own.
     least = {"key": 0, "iterations": 1, "later": 0, "rate_weight": 0}
     for name, value in values.items():
-        flag = f"--{name.replace('_', '-')} {value}"
+        flag = f"--{name} {value}" if name in ("minutes", "psnr") else f"--set {name}={value}"
         if value is None:
             continue
         if not math.isfinite(value):
