@@ -15,19 +15,37 @@ Z. Sun, Z. Tan, X. Sun, F. Zhang, D. Li, Y. Qian, H. Li, Spatiotemporal Entropy 
 Compression, arXiv 2104.06083, 2021.
 """
 
-from collections.abc import Iterator, Sequence
+import math
+from bisect import bisect_right
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import accumulate
+from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
-from jaxtyping import Float
+import torch.nn.functional as F
+from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from frameloom.bitstream.entropy import gaussian_bits, noisy, rounded
-from frameloom.tasks.compression.base import SectionedCodec
+from frameloom.bitstream.container import Container, parse, whole
+from frameloom.bitstream.entropy import rounded
+from frameloom.bitstream.rangecoder import Decoder, Encoder
+from frameloom.bitstream.varint import pack_numbers, unpack_numbers
+from frameloom.errors import InputError
+from frameloom.progress import Progress, silent
+from frameloom.tasks.compression.base import SectionedCodec, describe, pack_times
 from frameloom.tasks.compression.pairs import Pairs, pairs
-from frameloom.tasks.compression.sem_network import Autoencoder, EntropyModel
+from frameloom.tasks.compression.sem_coder import LatentCoder, checksum, tables_digest
+from frameloom.tasks.compression.sem_network import HYPER_STRIDE, Autoencoder, EntropyModel
+from frameloom.training.pretrained import digest, load
 from frameloom.training.recipe import Recipe
+from frameloom.video.clip import Clip
+
+GOP, MAX_GOP = 12, 1 << 10
+DEFAULT_RATE = 4.0
+# A search for a size ends within this share below it, or after so many encodes.
+CLOSE_ENOUGH, ENCODES = 0.97, 8
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,10 +84,9 @@ class Stages(Recipe):
 
 
 RECIPES = {
-    "tiny": Stages(steps=13_000, batch_size=16, lr=1e-3, final_lr=2e-5, weight_decay=0.0),
+    "tiny": Stages(steps=10_000, batch_size=16, lr=1e-3, final_lr=2e-5, weight_decay=0.0),
     # 1.9 million steps of the second stage are published; of the first none.
-    "paper": Stages(steps=3_800_000, batch_size=16, lr=1e-4, final_lr=1e-6, weight_decay=0.0, clip_norm=5.0,
-                    learned=0.5),
+    "paper": Stages(steps=4_200_000, batch_size=16, lr=1e-4, final_lr=1e-6, weight_decay=0.0, clip_norm=5.0),
 }  # fmt: skip
 CROPS = {"tiny": 64, "paper": 256}
 
@@ -127,18 +144,217 @@ class SEM(SectionedCodec, nn.Module):
         return (even * bits / second[0, 0].numel()).mean()
 
     def bits(
-        self,
-        latent: Float[Tensor, "b c h w"],
-        before: Float[Tensor, "b c h w"] | None,
-        *,
-        use_spatial: Tensor | bool = True,
-        use_before: Tensor | bool = True,
+        self, latent: Float[Tensor, "b c h w"], before: Float[Tensor, "b c h w"] | None, **priors: Tensor | bool
     ) -> Float[Tensor, "b"]:
-        """What latents are estimated to cost; differentiable while training, when noise stands in for rounding z."""
+        """What latents are estimated to cost; `priors` are those of `EntropyModel.bits`."""
         model = self.intra if before is None else self.inter
-        z = model.hyper(latent, before)
-        z = noisy(z) if self.training else z.round()
-        coded = latent - before if before is not None and self.config.difference else latent
-        means, scales = model(coded, model.context(z, before, use_before), use_spatial)
-        side = model.prior.bits(z.movedim(1, -1).flatten(0, -2)).view(len(z), -1).sum(1)
-        return side + gaussian_bits(coded, means, scales).flatten(1).sum(1)
+        return model.bits(latent, before, self.config.difference, **priors)
+
+    @torch.inference_mode()
+    def integers(self, picture: Float[Tensor, "3 h w"], rate: float) -> Float[Tensor, "1 c h2 w2"]:
+        """The latent that stands for a picture at a rate counted from 1, the picture padded by its edges."""
+        product = self.stride * HYPER_STRIDE
+        missing = (0, -picture.shape[-1] % product, 0, -picture.shape[-2] % product)
+        padded = F.pad(picture[None].to(self.device), missing, mode="replicate")
+        return self.pictures.analyse(padded, self._rate(rate)).round().cpu()
+
+    @torch.inference_mode()
+    def draw(self, latent: Float[Tensor, "1 c h2 w2"], rate: float, height: int, width: int) -> Float[Tensor, "3 h w"]:
+        """The picture that a latent stands for."""
+        made = self.pictures.synthesise(latent.float().to(self.device), self._rate(rate))
+        return made[0, :, :height, :width].clamp(0, 1).cpu()
+
+    @property
+    def stride(self) -> int:
+        """Pixels a side of one position of a latent."""
+        return 2 ** len(self.config.widths)
+
+    @property
+    def device(self) -> torch.device:
+        return self.pictures.down[0].log_gain.device
+
+    def _rate(self, rate: float) -> Float[Tensor, "1"]:
+        return torch.tensor([rate - 1.0], device=self.device)
+
+    @classmethod
+    def encode(
+        cls,
+        clip: Clip,
+        *,
+        size: int | None = None,
+        rate: float | int | None = None,
+        gop: int = GOP,
+        spatial: bool = False,
+        temporal: bool = True,
+        weights: str | Path | None = None,
+        seed: int = 0,
+        device: str = "cpu",
+        progress: Progress = silent,
+    ) -> bytes:
+        """The clip at `rate`, from 1 (small) to the number of points that the weights have; fractions lie between.
+
+        `size`: instead, the largest file of at most so many bytes (up to 8 encodes). A frame is coded without the one
+        before it every `gop` frames, and where that is cheaper, as after a cut. `spatial` and `temporal` switch those
+        priors; the spatial one goes through a frame in many small steps, which saves some bytes and takes longer.
+        Holds one frame and two latents, and the file. `device` runs the autoencoder; what decides the integers' prices
+        runs on the CPU, as it will where the file is read. `seed` is what every codec takes; there is no chance here.
+
+        Raises InputError for settings out of range, frames of several sizes, and a `size` that cannot be reached.
+        """
+        network = load(cls.method, weights, device=device)
+        points = len(network.config.weights)
+        if size is not None and rate is not None:
+            raise InputError("--rate and --size: give one of the two")
+        if rate is not None and not 1 <= rate <= points:
+            raise InputError(f"--rate {rate:g}: these weights take 1 (fewest bytes) to {points}")
+        if not 1 <= gop <= MAX_GOP:
+            raise InputError(f"--gop {gop}: a group has 1 to {MAX_GOP} frames")
+
+        def make(rate: float) -> bytes:
+            return network._file(clip, rate, gop, spatial, temporal, progress)
+
+        return make(min(DEFAULT_RATE, points) if rate is None else float(rate)) if size is None else (
+            _largest(make, size, float(points)))  # fmt: skip
+
+    def _file(self, clip: Clip, rate: float, gop: int, spatial: bool, temporal: bool, progress: Progress) -> bytes:
+        config = {"weights": digest(self), "tables": tables_digest(), "rate": rate, "spatial": spatial, "temporal": temporal}
+        header = describe(clip, self.method, config)
+        coder = LatentCoder(self.intra, self.inter, self.config.difference, spatial, temporal)
+        groups: list[list[int]] = []
+        stream, checks = bytearray(), bytearray()
+        out, before, count = Encoder(), None, 0
+
+        def close() -> None:
+            data = out.to_bytes()
+            stream.extend(data)
+            groups[-1].append(len(data))
+
+        for count, frame in enumerate(clip, start=1):
+            picture = frame.rgb
+            if tuple(picture.shape[1:]) != (header.height, header.width):
+                raise InputError(f"{clip.info.name}: frame {count - 1} is {picture.shape[2]}x{picture.shape[1]}, not "
+                                 f"{header.width}x{header.height}; all frames of a clip must have one size")  # fmt: skip
+            latent = self.integers(picture, rate)
+            if before is None or groups[-1][0] == gop or coder.stands_alone(latent, before):
+                if groups:
+                    close()
+                groups.append([0])
+                out, before = Encoder(), None
+            coder.put(out, latent, before)
+            checks.extend(checksum(latent))
+            groups[-1][0] += 1
+            before = latent
+            progress(f"encoding {self.method}", count, header.frames)
+        if count != header.frames:
+            raise InputError(f"{clip.info.name}: announced {header.frames} frames and has {count}")
+        close()
+        index = pack_numbers(number for group in groups for number in group)
+        sections = {"stream": bytes(stream), "index": index, "checks": bytes(checks)}
+        return Container(header, sections | pack_times(clip)).to_bytes()
+
+    @classmethod
+    def decode(
+        cls, data: bytes, frames: Sequence[int] | None = None, weights: str | Path | None = None
+    ) -> Iterator[Float[Tensor, "3 h w"]]:
+        """The frames asked for; each group is entered at its first frame, and only frames asked for are drawn.
+
+        `weights` are those that the file was made with, the shipped ones for None.
+        Raises InputError for a damaged file, for other weights, and where integers do not come out as they went in.
+        """
+        container = parse(data)
+        network, rate = cls._network(container, weights)
+        header = container.header
+        for latent in network._play(container, cls.wanted(header, frames)):
+            yield network.draw(latent, rate, header.height, header.width)
+
+    @classmethod
+    def latents(
+        cls, data: bytes, frames: Sequence[int] | None = None, weights: str | Path | None = None
+    ) -> Iterator[Float[Tensor, "1 c h2 w2"]]:
+        """The integers in a file, which `integers` made of the frames asked for."""
+        container = parse(data)
+        network, _ = cls._network(container, weights)
+        yield from network._play(container, cls.wanted(container.header, frames))
+
+    @classmethod
+    def _network(cls, container: Container, weights: str | Path | None) -> tuple["SEM", float]:
+        """The networks that a file was made with, and its rate; the header is checked as untrusted input."""
+        header, config = container.header, container.header.config
+        if header.method != cls.method:
+            raise InputError(f"the file was made by {header.method}, not by {cls.method}")
+        kinds = {"weights": str, "tables": int, "rate": float, "spatial": bool, "temporal": bool}
+        if set(config) != set(kinds) or any(type(config[name]) is not kind for name, kind in kinds.items()):
+            raise InputError("the header is damaged; the settings are not there in full")
+        network = load(cls.method, weights)
+        if config["weights"] != digest(network):
+            given = "the shipped ones" if weights is None else str(weights)
+            raise InputError(f"the file was made with other weights ({config['weights'][:16]}) than {given} "
+                             f"({digest(network)}); give --weights those that it was made with")  # fmt: skip
+        if config["tables"] != tables_digest():
+            raise InputError("the file was made where the tables of the entropy coder are others; "
+                             "it decodes with the version of frameloom and of scipy that made it")  # fmt: skip
+        if not 1 <= config["rate"] <= len(network.config.weights):
+            raise InputError("the header is damaged; the rate is not one that the weights have")
+        return network, config["rate"]
+
+    def _play(self, container: Container, wanted: Sequence[int]) -> Iterator[Float[Tensor, "1 c h2 w2"]]:
+        header = container.header
+        stream, checks = container.section("stream"), container.section("checks")
+        groups = _read_index(container)
+        starts = [first for first, *_ in groups]
+        whole(len(checks), 2 * header.frames, 2 * header.frames, "the length of section 'checks'", "the file")
+        product = self.stride * HYPER_STRIDE
+        rows, columns = (-(-side // product) * HYPER_STRIDE for side in (header.height, header.width))
+        settings = header.config["spatial"], header.config["temporal"]
+        coder = LatentCoder(self.intra, self.inter, self.config.difference, *settings)
+        # The frame that comes next from `source`; none at first.
+        position, end, source, latent = 0, 0, Decoder(b""), None
+        for number in wanted:
+            first, last, begin, size = groups[bisect_right(starts, number) - 1]
+            if not (position <= number < end) or latent is None:
+                position, end, source, latent = first, last, Decoder(stream[begin : begin + size]), None
+            while position <= number:
+                latent = coder.get(source, latent, rows, columns)
+                if checksum(latent) != checks[2 * position : 2 * position + 2]:
+                    raise InputError(f"frame {position} does not come out as it went in: the file is damaged, or this "
+                                     "machine's arithmetic differs from that of the one that made it")  # fmt: skip
+                position += 1
+            yield latent
+
+
+def _largest(make: Callable[[float], bytes], size: int, best_rate: float) -> bytes:
+    """The largest file within `size`; log(bytes) is nearly linear in the rate, so secants land fast."""
+    low, fits = 1.0, make(1.0)
+    if len(fits) > size:
+        raise InputError(f"--size {size}: sem takes at least {len(fits)} bytes for this clip with these settings")
+    high, above = best_rate, make(best_rate)
+    if len(above) <= size:
+        return above
+    for _ in range(ENCODES - 2):
+        if len(fits) >= CLOSE_ENOUGH * size:
+            break
+        share = math.log(0.99 * size / len(fits)) / math.log(len(above) / len(fits))
+        rate = low + min(max(share, 0.05), 0.95) * (high - low)
+        data = make(rate)
+        if len(data) <= size:
+            low, fits = rate, data
+        else:
+            high, above = rate, data
+    return fits
+
+
+def _read_index(container: Container) -> list[tuple[int, int, int, int]]:
+    """Of every group its first frame, the frame after its last, and where its bytes begin and how many there are."""
+    header, index = container.header, container.section("index")
+    length = len(container.section("stream"))
+    numbers: list[int] = []
+    end = 0
+    while end < len(index) and len(numbers) < 2 * header.frames:
+        (number,), end = unpack_numbers(index, 1, end)
+        numbers.append(number)
+    counts, sizes = numbers[0::2], numbers[1::2]
+    sound = end == len(index) and len(counts) == len(sizes) and all(1 <= count <= MAX_GOP for count in counts)
+    if not sound or sum(counts) != header.frames or sum(sizes) != length:
+        raise InputError("section 'index' is damaged")
+    firsts, begins = (list(accumulate(x, initial=0)) for x in (counts, sizes))
+    return list(zip(firsts[:-1], firsts[1:], begins[:-1], sizes, strict=True))

@@ -7,9 +7,10 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from frameloom.bitstream.entropy import SCALES, FactorisedPrior
+from frameloom.bitstream.entropy import SCALES, FactorisedPrior, gaussian_bits, noisy
 
 SLOPE = 0.01
+HYPER_STRIDE = 4  # positions of a latent a side of one of the hyper latent
 REACH = 2  # positions that the spatial prior sees to each side
 LEAST_SCALE = float(SCALES[0])
 
@@ -169,6 +170,26 @@ class EntropyModel(nn.Module):
         features = _chosen(self.spatial(coded), use_spatial)
         found = self.gaussians(features.movedim(1, -1), context.movedim(1, -1))
         return tuple(x.movedim(-1, 1) for x in found)
+
+
+    def bits(
+        self, latent: Float[Tensor, "b c h w"], before: Float[Tensor, "b c h w"] | None, difference: bool, *,
+        use_spatial: Tensor | bool = True, use_before: Tensor | bool = True,
+    ) -> Float[Tensor, "b"]:  # fmt: skip
+        """What latents are estimated to cost; differentiable while training, when noise stands in for rounding z."""
+        z = self.hyper(latent, before)
+        z = noisy(z) if self.training else z.round()
+        coded = priced(latent, before, difference)
+        means, scales = self(coded, self.context(z, before, use_before), use_spatial)
+        side = self.prior.bits(z.movedim(1, -1).flatten(0, -2)).reshape(len(z), -1).sum(1)
+        return side + gaussian_bits(coded, means, scales).flatten(1).sum(1)
+
+
+def priced(
+    latent: Float[Tensor, "b c h w"], before: Float[Tensor, "b c h w"] | None, difference: bool
+) -> Float[Tensor, "b c h w"]:
+    """The integers whose probability is taken: a latent, or its change."""
+    return latent - before if before is not None and difference else latent
 
 
 def wavefronts(rows: int, columns: int) -> list[tuple[Int[Tensor, "n"], Int[Tensor, "n"]]]:
