@@ -21,11 +21,11 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Float, Int
+from jaxtyping import Float
 from torch import Tensor, nn
 
 from frameloom.bitstream.container import Container, parse, whole
@@ -84,7 +84,7 @@ class Stages(Recipe):
 
 
 RECIPES = {
-    "tiny": Stages(steps=10_000, batch_size=16, lr=1e-3, final_lr=2e-5, weight_decay=0.0),
+    "tiny": Stages(steps=10_000, batch_size=16, lr=1e-3, final_lr=2e-5, weight_decay=0.0, bf16=True),
     # 1.9 million steps of the second stage are published; of the first none.
     "paper": Stages(steps=4_200_000, batch_size=16, lr=1e-4, final_lr=1e-6, weight_decay=0.0, clip_norm=5.0),
 }  # fmt: skip
@@ -148,7 +148,11 @@ class SEM(SectionedCodec, nn.Module):
     ) -> Float[Tensor, "b"]:
         """What latents are estimated to cost; `priors` are those of `EntropyModel.bits`."""
         model = self.intra if before is None else self.inter
-        return model.bits(latent, before, self.config.difference, **priors)
+        # A Gaussian's tail is lost in half precision.
+        with torch.autocast(latent.device.type, enabled=False):
+            return model.bits(
+                latent.float(), before if before is None else before.float(), self.config.difference, **priors
+            )
 
     @torch.inference_mode()
     def integers(self, picture: Float[Tensor, "3 h w"], rate: float) -> Float[Tensor, "1 c h2 w2"]:
@@ -217,7 +221,13 @@ class SEM(SectionedCodec, nn.Module):
             _largest(make, size, float(points)))  # fmt: skip
 
     def _file(self, clip: Clip, rate: float, gop: int, spatial: bool, temporal: bool, progress: Progress) -> bytes:
-        config = {"weights": digest(self), "tables": tables_digest(), "rate": rate, "spatial": spatial, "temporal": temporal}
+        config = {
+            "weights": digest(self),
+            "tables": tables_digest(),
+            "rate": rate,
+            "spatial": spatial,
+            "temporal": temporal,
+        }
         header = describe(clip, self.method, config)
         coder = LatentCoder(self.intra, self.inter, self.config.difference, spatial, temporal)
         groups: list[list[int]] = []
@@ -232,8 +242,9 @@ class SEM(SectionedCodec, nn.Module):
         for count, frame in enumerate(clip, start=1):
             picture = frame.rgb
             if tuple(picture.shape[1:]) != (header.height, header.width):
-                raise InputError(f"{clip.info.name}: frame {count - 1} is {picture.shape[2]}x{picture.shape[1]}, not "
-                                 f"{header.width}x{header.height}; all frames of a clip must have one size")  # fmt: skip
+                found = f"{picture.shape[2]}x{picture.shape[1]}"
+                raise InputError(f"{clip.info.name}: frame {count - 1} is {found}, not {header.width}x{header.height}; "
+                                 "all frames of a clip must have one size")  # fmt: skip
             latent = self.integers(picture, rate)
             if before is None or groups[-1][0] == gop or coder.stands_alone(latent, before):
                 if groups:

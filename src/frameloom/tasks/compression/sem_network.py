@@ -1,6 +1,7 @@
 """The networks of `sem`: an autoencoder of single frames whose rate is a number, and the models of its integers."""
 
 from collections.abc import Sequence
+from itertools import pairwise
 
 import torch
 import torch.nn.functional as F
@@ -133,10 +134,10 @@ class EntropyModel(nn.Module):
         self.spatial = MaskedConv(c, 2 * c)
         steps = (c, 4 * c // 3, 5 * c // 3, 2 * c)
         self.temporal = _chain(
-            *(nn.Conv2d(a, b, 5, 1, 2) for a, b in zip(steps, steps[1:], strict=False))
+            *(nn.Conv2d(a, b, 5, 1, 2) for a, b in pairwise(steps))
         ) if temporal else None  # fmt: skip
         steps = ((4 + 2 * temporal) * c, 4 * c, 3 * c, 2 * c)
-        self.join = _chain(*(nn.Linear(a, b) for a, b in zip(steps, steps[1:], strict=False)))
+        self.join = _chain(*(nn.Linear(a, b) for a, b in pairwise(steps)))
 
     def hyper(
         self, latent: Float[Tensor, "b c h w"], before: Float[Tensor, "b c h w"] | None
@@ -170,7 +171,6 @@ class EntropyModel(nn.Module):
         features = _chosen(self.spatial(coded), use_spatial)
         found = self.gaussians(features.movedim(1, -1), context.movedim(1, -1))
         return tuple(x.movedim(-1, 1) for x in found)
-
 
     def bits(
         self, latent: Float[Tensor, "b c h w"], before: Float[Tensor, "b c h w"] | None, difference: bool, *,

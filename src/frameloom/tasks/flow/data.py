@@ -18,6 +18,7 @@ from frameloom.motion.consistency import occlusion
 from frameloom.motion.flowio import read_flow, read_kitti_png
 from frameloom.world.pool import Pool
 
+
 @dataclass(frozen=True)
 class Sample:
     """Files of a labelled clip: pictures, then for every gap the flow file or None, and the same backwards."""
