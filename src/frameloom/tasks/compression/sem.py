@@ -150,9 +150,8 @@ class SEM(SectionedCodec, nn.Module):
         model = self.intra if before is None else self.inter
         # A Gaussian's tail is lost in half precision.
         with torch.autocast(latent.device.type, enabled=False):
-            return model.bits(
-                latent.float(), before if before is None else before.float(), self.config.difference, **priors
-            )
+            before = before if before is None else before.float()
+            return model.bits(latent.float(), before, self.config.difference, **priors)
 
     @torch.inference_mode()
     def integers(self, picture: Float[Tensor, "3 h w"], rate: float) -> Float[Tensor, "1 c h2 w2"]:
@@ -217,17 +216,13 @@ class SEM(SectionedCodec, nn.Module):
         def make(rate: float) -> bytes:
             return network._file(clip, rate, gop, spatial, temporal, progress)
 
-        return make(min(DEFAULT_RATE, points) if rate is None else float(rate)) if size is None else (
-            _largest(make, size, float(points)))  # fmt: skip
+        if size is not None:
+            return _largest(make, size, float(points))
+        return make(float(min(DEFAULT_RATE, points) if rate is None else rate))
 
     def _file(self, clip: Clip, rate: float, gop: int, spatial: bool, temporal: bool, progress: Progress) -> bytes:
-        config = {
-            "weights": digest(self),
-            "tables": tables_digest(),
-            "rate": rate,
-            "spatial": spatial,
-            "temporal": temporal,
-        }
+        config = {"weights": digest(self), "tables": tables_digest(), "rate": rate, "spatial": spatial,
+                  "temporal": temporal}  # fmt: skip
         header = describe(clip, self.method, config)
         coder = LatentCoder(self.intra, self.inter, self.config.difference, spatial, temporal)
         groups: list[list[int]] = []
@@ -256,6 +251,8 @@ class SEM(SectionedCodec, nn.Module):
             groups[-1][0] += 1
             before = latent
             progress(f"encoding {self.method}", count, header.frames)
+        if not count:
+            raise InputError(f"{clip.info.name}: no frames")
         if count != header.frames:
             raise InputError(f"{clip.info.name}: announced {header.frames} frames and has {count}")
         close()
