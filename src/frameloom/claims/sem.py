@@ -93,7 +93,7 @@ def run(*, seed: int, retrain: bool, progress: Progress) -> Result:
         holds=ordered and ratio <= NEEDED,
         summary=f"full takes {ratio:.2f} of all-intra's bits (needs <= {NEEDED:g}); "
         f"full < no-spatial < no-temporal < hyper-only: {'yes' if ordered else 'NO'}",
-        notes=[f"bits written over estimated {written / estimated - 1:+.2%}; quality in a group {slope:+.4f} dB a frame",
+        notes=[f"bits over estimate {written / estimated - 1:+.2%}; quality along a group {slope:+.4f} dB a frame",
                "a file is its header too, about 400 bytes of each"],
     )  # fmt: skip
 
