@@ -45,14 +45,14 @@ def main() -> None:
     parser.add_argument("--frames", type=int, default=24)
     parser.add_argument("--width", type=int, default=448)
     parser.add_argument("--rates", type=float, nargs="+", default=[1.0, 2.0, 3.0, 4.0, 5.0, 6.0])
-    parser.add_argument("--spatial", action="store_true", help="the spatial prior too")
+    parser.add_argument("--no-spatial", action="store_true", help="without the spatial prior")
     parser.add_argument("--json", type=Path)
     arguments = parser.parse_args()
     clip = load(arguments.clip, arguments.frames, arguments.width)
     print(f"{clip.info.width}x{clip.info.height}, {len(clip)} frames, {torch.get_num_threads()} threads")
     rows = []
     for rate in arguments.rates:
-        rows.append(measured(f"sem, rate {rate:g}", SEM, clip, rate=rate, spatial=arguments.spatial))
+        rows.append(measured(f"sem, rate {rate:g}", SEM, clip, rate=rate, spatial=not arguments.no_spatial))
         print(rows[-1], flush=True)
         for preset in ("medium", "veryslow"):
             rows.append(measured(f"x264 {preset}", X264, clip, size=rows[-1 - (preset == "veryslow")]["bytes"],
