@@ -193,26 +193,36 @@ Meant for models that were distilled to few steps (LCM): others blur, and say so
     "compress": (
         "Store a video in one `.flm` file that decodes on its own, any frame of it first.",
         """```
-frameloom compress clip.mp4 clip.flm                           # the codec that measures best at equal size
-frameloom compress clip.mp4 clip.flm --method hnerv --size 60k # a network in a file
-frameloom inspect clip.flm                                     # every section: bytes, bits a pixel
-frameloom decompress clip.flm back.mp4 --frames 10:40          # random access
+frameloom compress clip.mp4 clip.flm                               # the codec that measures best at equal size
+frameloom compress clip.mp4 clip.flm --method hnerv --size 60k     # at most so many bytes; or --bpp 0.05
+frameloom compress clip.mp4 clip.flm --method boost-nerv --quality 32dB   # as small as that quality allows
+frameloom compress clip.mp4 clip.flm --method hnerv --minutes 10   # as good as ten minutes make it
+frameloom compress clip.mp4 clip.flm --method hnerv --minutes 10 --resume   # after a kill
+frameloom compress long.mp4 long.flm --method hnerv --segment 300  # a fit for every 300 frames
+frameloom inspect clip.flm                                         # every section: bytes, bits a pixel
+frameloom decompress clip.flm back.mp4 --frames 10:40 --region 0,0,320,180
+frameloom rd clip.mp4 -o rd.html --methods hnerv,boost-nerv        # curves beside x264, x265 and AV1, BD-rate, times
+frameloom edit inpaint clip.mp4 out.mp4 --mask hole.png            # by fitting only what is seen
 frameloom run clip.mp4 small.flm --do "interpolate 60fps | compress hnerv"
 ```
 
 ```python
-fl.compress(clip, "clip.flm", "hnerv", epochs=300)
-fl.decompress("clip.flm", frames=[17, 3]).tensor()             # (2, 3, h, w): only those two are decoded
+fl.compress(clip, "clip.flm", "hnerv", size=60_000)
+fl.decompress("clip.flm", frames=[17, 3]).tensor()                 # (2, 3, h, w): only those two are decoded
 ```
 
-The size is the length of the file, and bits a pixel are 8 times that over all pixels. `--size` is bytes for the
-conventional codecs (met from below by a few encodes) and stored parameters, at about a byte each, for the networks.
-Every number in a file is checked before it is believed: damage ends in one line that names the section.
+The size is the length of the file, and bits a pixel are 8 times that over all pixels. `--size` and `--bpp` are met from
+below by every codec: a fitted network is as large as the size allows, and its quantiser has as many levels as still fit.
+`--quality 32dB` is the mean PSNR of the decoded frames: a fit ends when it is there, a network that does not get there
+is made larger, and the fewest levels that keep it are stored; what cannot be reached is an error that says what was. A
+plain number after `--quality` is a conventional codec's own rate factor. `--set NAME=VALUE` passes a method's own
+settings. Every number in a file is checked before it is believed: damage ends in one line that names the section.
 
-**When a fitted network is worth it:** one forward pass per frame and no dependency between frames, so any frame costs
-the same; a decoder of a few hundred lines. **When not:** at equal bytes x264, x265 and AV1 give many more decibels on
-ordinary footage and encode thousands of times faster; `benchmarks/compression.py` prints both sides. Sound is not
-stored in a `.flm` file.
+**When a neural codec is worth it:** any frame costs one forward pass and none before it, so random access is even; the
+decoder is a few hundred lines; a fit to what is seen fills holes and leaves out noise; a learned codec like `sem` needs
+no motion search. **When not:** to store a video in fewer bytes. At equal bytes x264, x265 and AV1 give decibels more on
+ordinary footage and encode hundreds of times faster; every report here prints their line. Sound is not stored in a
+`.flm` file.
 """,
     ),
     "distill": (

@@ -13,6 +13,7 @@ from frameloom.errors import InputError
 from frameloom.metrics import psnr
 from frameloom.tasks.compression.base import compress, decompress, inspect, parse_frames
 from frameloom.tasks.compression.conventional import AV1, X264, X265
+from frameloom.tasks.compression.rd import against, page, rate_distortion
 from frameloom.video.clip import Clip, TensorSource
 
 CODECS = {"x264": X264, "x265": X265, "av1": AV1}
@@ -79,6 +80,16 @@ def test_a_size_is_met_from_below(method):
 def test_a_size_that_cannot_be_met_is_refused_with_the_least(method):
     with pytest.raises(InputError, match=rf"--size 300: {method} takes at least \d+ bytes"):
         CODECS[method].encode(moving(4), size=300)
+
+
+@pytest.mark.parametrize("method", ["x264", "av1"])
+def test_a_psnr_is_met_by_the_smallest_file_that_has_it(tmp_path, method):
+    clip = moving(6)
+    report = compress(clip, tmp_path / "out.flm", method, quality="38dB")
+    found = psnr(decompress(tmp_path / "out.flm").tensor(), clip.tensor())
+    assert 38 <= found < 40
+    better = compress(clip, tmp_path / "better.flm", method, quality="40 dB")
+    assert better.bytes > report.bytes
 
 
 @pytest.mark.parametrize("method", CODECS)
@@ -229,3 +240,62 @@ def test_mutated_files_decode_or_are_refused(coded):
             assert frames.shape == (20, 3, 64, 96), method
         except InputError:
             pass
+
+
+def test_a_region_is_a_crop_of_every_frame(coded):
+    _, _, data = coded
+    whole = decompress(data).tensor()
+    part = decompress(data, [3, 1], (8, 4, 30, 20))
+    assert (part.info.width, part.info.height) == (30, 20)
+    assert torch.equal(part.tensor(), whole[[3, 1], :, 4:24, 8:38])
+
+
+@pytest.mark.parametrize("region", [(0, 0, 97, 64), (-1, 0, 4, 4), (0, 0, 0, 4)])
+def test_a_region_outside_the_frame_is_refused(coded, region):
+    with pytest.raises(InputError, match="--region"):
+        decompress(coded[2], region=region)
+
+
+def test_a_rate_may_be_given_in_bits_a_pixel(tmp_path):
+    report = compress(moving(), tmp_path / "out.flm", "x264", bpp=0.5)
+    assert 0.4 < report.bits_per_pixel <= 0.5
+    with pytest.raises(InputError, match="--bpp and --size"):
+        compress(moving(), tmp_path / "out.flm", "x264", bpp=0.5, size=900)
+
+
+def test_resume_is_refused_where_there_is_nothing_to_resume(tmp_path):
+    with pytest.raises(InputError, match="--resume: x264 keeps nothing"):
+        compress(moving(), tmp_path / "out.flm", "x264", resume=True)
+
+
+@pytest.mark.parametrize(
+    ("quality", "message"),
+    [("35db", None), ("thirty", "a quality is a PSNR such as 35dB"), ("3dB", "5 to 80 dB"),
+     ("99dB", "5 to 80 dB"), ("79dB", "x264 reaches .* at most")],
+)  # fmt: skip
+def test_qualities_are_read_or_refused(tmp_path, quality, message):
+    if message is None:
+        compress(moving(3), tmp_path / "out.flm", "x264", quality=quality)
+        return
+    with pytest.raises(InputError, match=message):
+        compress(moving(3), tmp_path / "out.flm", "x264", quality=quality)
+
+
+def test_rate_and_distortion_are_those_of_files_and_the_page_stands_alone():
+    clip = moving(6)
+    # No network that hnerv could fit is so small.
+    points = rate_distortion(clip, ["hnerv"], [0.25, 0.5], epochs=1)
+    assert [point.method for point in points] == [name for name in ("x264", "x265", "av1") for _ in range(2)]
+    for point in points:
+        assert point.bytes <= 0.5 * 6 * 64 * 96 / 8
+        assert point.bits_per_pixel == pytest.approx(8 * point.bytes / (6 * 64 * 96))
+    assert set(against(points)) == {"x265", "av1"}
+    text = page(points, clip)
+    assert "http" not in text.replace("http-equiv", "")
+    assert text.count("<svg") == 2
+    assert all(f"<td>{point.method}<td>{point.bytes:,}" in text for point in points)
+
+
+def test_rate_and_distortion_of_a_fitted_network_stand_beside_the_others():
+    points = rate_distortion(moving(6, 32, 64), ["hnerv"], [12.0], epochs=1)
+    assert {point.method for point in points} == {"x264", "x265", "av1", "hnerv"}

@@ -5,6 +5,7 @@ import os
 import random
 import subprocess
 import sys
+import time
 from dataclasses import asdict, replace
 from fractions import Fraction
 
@@ -16,9 +17,13 @@ from frameloom.bitstream.container import Container, parse
 from frameloom.cards import card
 from frameloom.errors import InputError
 from frameloom.metrics import psnr
+from frameloom.tasks.compression import fit as fit_module
+from frameloom.tasks.compression import segments
 from frameloom.tasks.compression.base import compress, decompress, describe, inspect
 from frameloom.tasks.compression.fit import LOSSES, fit, learning_rate_factor
-from frameloom.tasks.compression.hnerv import Config, Encoder, HNeRV, Learner, NeRV, solve_width
+from frameloom.tasks.compression.hnerv import HNeRV, NeRV
+from frameloom.tasks.compression.inpaint import inpaint
+from frameloom.tasks.compression.nerv import Config, Encoder, Learner, solve_width
 from frameloom.training.pretrained import load
 from frameloom.video.clip import Clip, Frame
 
@@ -48,7 +53,7 @@ def untrained(method=HNeRV, config: Config = SMALL) -> HNeRV:
 
 
 def file_of(network: HNeRV, clip: Clip) -> bytes:
-    return network.to_bytes(describe(clip, network.method, asdict(network.config)))
+    return network.to_bytes(describe(clip, network.method, {}))
 
 
 @pytest.fixture(scope="module")
@@ -115,7 +120,7 @@ def test_presets_build_on_the_meta_device(method, size):
 
 def test_tiny_hnerv_and_tiny_nerv_are_of_one_size():
     one, other = (method.preset("tiny").parameters for method in (HNeRV, NeRV))
-    assert abs(one - other) < 0.005 * one
+    assert abs(one - other) < 0.01 * one
 
 
 def test_strides_are_the_published_ones_where_there_are_published_ones():
@@ -156,8 +161,8 @@ def test_blocks_and_fold_have_the_published_form():
     # Channel c * rows * columns + y * columns + x of the first layer is pixel (y, x) of channel c.
     code = torch.randn(1, 160, 1, 1)
     seen = []
-    network.blocks.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
-    network.draw(code)
+    network.blocks[0].register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
+    network.draw(code, torch.tensor([0]))
     assert torch.allclose(seen[0][0, 3, 1, 2], F.gelu(network.stem(code))[0, 3 * 8 + 1 * 4 + 2, 0, 0])
 
 
@@ -236,7 +241,7 @@ def test_the_file_holds_decoder_and_embeddings_and_nothing_else(fitted):
 
 @pytest.mark.parametrize("method", [HNeRV, NeRV])
 def test_quantisation_costs_little(method):
-    config = replace(SMALL, **method.family)
+    config = replace(SMALL, **next(iter(method.families.values())))
     network = untrained(method, config)
     exact = network(torch.arange(6))
     stored = torch.stack(list(method.decode(file_of(network, moving()))))
@@ -313,12 +318,10 @@ def variable_size() -> Clip:
             {"strides": (5, 5, 5), "fit": "crop"},
             "product 125 is larger than the frame of 32x20",
         ),
-        (moving(), {"size": 100, "strides": (2, 2, 2)}, "embeddings alone need 768 parameters"),
-        (
-            moving(),
-            {"size": 900, "strides": (2, 2, 2)},
-            r"smallest network for 32x16 .* has [\d,]+ parameters",
-        ),
+        (moving(), {"size": 1100, "strides": (2, 2, 2)}, "embeddings alone need"),
+        (moving(), {"size": 2200, "strides": (2, 2, 2)}, r"smallest network for 32x16 .* has [\d,]+ parameters, not"),
+        (moving(), {"size": 900}, "--size 900: the header and tables of hnerv take about"),
+        (moving(), {"minutes": 0.0}, "--minutes 0"),
         (moving(1), {"epochs": 1}, r"1 frame\(s\), fewer than one batch of 2"),
         (moving(), {"epochs": 0}, "--epochs 0"),
         (moving(), {"loss": "l3"}, "--loss l3: there are l2, fusion6, fusion10"),
@@ -342,7 +345,7 @@ def test_a_loss_that_is_not_finite_stops_with_its_step():
             self.calls += 1
             return pictures * self.scale / (0 if self.calls == 5 else 1)
 
-    with pytest.raises(InputError, match="the loss is not finite at step 5 of 9"):
+    with pytest.raises(InputError, match="the loss is not finite at step 5"):
         fit(Diverging(), moving().bytes_tensor(), epochs=3)
 
 
@@ -367,21 +370,24 @@ def test_hostile_configurations_are_refused():
         {"indexed": True},
         {"indexed": 0},
         {"more": 1},
+        {"doubled": True},
+        {"time": [8]},
     ):
-        header = replace(container.header, config=container.header.config | change)
+        network = container.header.config["network"] | change
+        header = replace(container.header, config=container.header.config | {"network": network})
         with pytest.raises(InputError):
             list(HNeRV.decode(Container(header, container.sections).to_bytes()))
 
 
 @pytest.mark.parametrize("change", [{"channels": 4096}, {"lowest": 4096}, {"strides": [16] * 4, "height": 1 << 16}])
 def test_a_network_that_cannot_be_meant_is_refused_before_anything_is_allocated(change):
-    header = describe(moving(), "hnerv", asdict(SMALL))
+    header = describe(moving(), "hnerv", {})
     config = asdict(SMALL) | {"strides": [2, 2, 2], "kernels": [1, 5]} | change
     if "height" in change:
         # One pixel of embedding for 65536x65536 pixels.
         config["width"] = config["height"]
         header = replace(header, width=1 << 16, height=1 << 16)
-    header = replace(header, config=config)
+    header = replace(header, config={"network": config, "levels": 256})
     with pytest.raises(InputError, match="of this size cannot be meant"):
         Config.from_header(header)
 
@@ -484,3 +490,151 @@ def test_a_file_that_is_no_checkpoint_is_refused(tmp_path):
     (tmp_path / "quant_vid.pth").write_bytes(b"no checkpoint")
     with pytest.raises(InputError, match=r"quant_vid\.pth: not a checkpoint"):
         HNeRV.load_official(tmp_path / "quant_vid.pth")
+
+
+@pytest.mark.parametrize("method", [HNeRV, NeRV])
+def test_a_size_is_met_from_below_and_nearly_used(method):
+    for size in (12_000, 16_000):
+        data = method.encode(moving(), size=size, strides=(2, 2, 2), epochs=3)
+        assert 0.85 * size < len(data) <= size
+
+
+def test_a_quality_ends_the_fit_and_the_file_has_it_and_no_more():
+    clip, steps = moving(), []
+    data = HNeRV.encode(clip, psnr=20.0, strides=(2, 2, 2), epochs=200, progress=lambda *call: steps.append(call))
+    assert len(steps) < 600
+    assert 20.0 <= psnr(decompress(data).tensor(), clip.tensor()) < 22.5
+    assert parse(data).header.config["levels"] < 256
+
+
+def test_a_quality_that_is_not_reached_is_refused_with_what_was(tmp_path):
+    message = r"--quality 70dB: [\d,]+ parameters and this fit reach \d+\.\d+ dB"
+    with pytest.raises(InputError, match=message):
+        compress(moving(), tmp_path / "out.flm", "hnerv", quality="70dB", size=12_000, strides=(2, 2, 2), epochs=2)
+    assert not (tmp_path / "out.flm").exists()
+
+
+def test_a_killed_fit_goes_on_to_the_same_file(tmp_path, monkeypatch):
+    settings = {"method": "hnerv", "size": 12_000, "strides": (2, 2, 2), "epochs": 10}
+    compress(moving(), tmp_path / "whole.flm", **settings)
+    monkeypatch.setattr(fit_module, "KEEP_EVERY", 0.0)
+
+    def kill(label, done, total):
+        if done == 17:
+            raise RuntimeError("killed")
+
+    target = tmp_path / "out.flm"
+    with pytest.raises(RuntimeError, match="killed"):
+        compress(moving(), target, **settings, progress=kill)
+    assert not target.exists()
+    with pytest.raises(InputError, match=r"--resume: .* is of another video or"):
+        compress(moving(), target, **settings | {"epochs": 11}, resume=True)
+    steps = []
+    compress(moving(), target, **settings, resume=True, progress=lambda *call: steps.append(call[1]))
+    assert steps[0] == 17
+    assert target.read_bytes() == (tmp_path / "whole.flm").read_bytes()
+    assert sorted(os.listdir(tmp_path)) == ["out.flm", "whole.flm"]
+
+
+def test_minutes_end_a_fit_that_would_last_longer():
+    calls = []
+    begun = time.monotonic()
+    HNeRV.encode(moving(), size=12_000, strides=(2, 2, 2), minutes=0.02, progress=lambda *call: calls.append(call))
+    assert time.monotonic() - begun < 20
+    assert calls[-1][2] is None
+
+
+def test_holes_are_filled_from_what_is_seen_and_the_rest_is_untouched():
+    clip = moving(8)
+    mask = torch.zeros(1, 1, 16, 32)
+    mask[..., 5:11, 12:20] = 1
+    black = torch.where(mask.bool(), 0.0, clip.tensor())
+    steps = []
+    made = inpaint(Clip.from_tensor(black), mask, epochs=60, seed=1, progress=lambda *call: steps.append(call))
+    video = made.tensor()
+    assert steps
+    assert torch.equal(video[..., :5, :], (black[..., :5, :] * 255).round() / 255)
+    hole = (slice(None), slice(None), slice(5, 11), slice(12, 20))
+    assert psnr(video[hole], clip.tensor()[hole]) > psnr(black[hole], clip.tensor()[hole]) + 6
+
+
+def test_what_hides_in_the_hole_does_not_matter():
+    mask = torch.zeros(1, 1, 16, 32)
+    mask[..., 5:11, 12:20] = 1
+    one, other = (torch.where(mask.bool(), value, moving().tensor()) for value in (0.0, 1.0))
+    filled = [inpaint(Clip.from_tensor(video), mask, epochs=2).tensor() for video in (one, other)]
+    assert torch.equal(*filled)
+
+
+@pytest.mark.parametrize(
+    ("mask", "method", "message"),
+    [
+        (torch.ones(1, 1, 8, 32), "auto", "--mask: the mask is 32x8 and clip is 32x16"),
+        (torch.ones(4, 1, 16, 32), "auto", "has 4 pictures; give 1 for all frames of clip, or 6"),
+        (torch.ones(1, 1, 16, 32), "auto", "hides everything"),
+        (torch.zeros(1, 1, 16, 32), "auto", "hides nothing"),
+        (torch.ones(1, 1, 16, 32), "x264", "--method x264: inpaint fits hnerv or boost-nerv"),
+    ],
+)
+def test_masks_that_cannot_be_are_refused(mask, method, message):
+    with pytest.raises(InputError, match=message):
+        inpaint(moving(), mask, method)
+
+
+def test_segments_decode_alone_and_in_any_order(tmp_path):
+    clip = moving(7)
+    settings = {"strides": (2, 2, 2), "epochs": 2}
+    report = compress(clip, tmp_path / "out.flm", "hnerv", segment=3, size=40_000, **settings)
+    assert report.bytes <= 40_000
+    whole = decompress(tmp_path / "out.flm").tensor()
+    assert whole.shape == clip.tensor().shape
+    second = HNeRV.encode(clip[3:7], size=(40_000 - 280) * 4 // 7, **settings)
+    assert torch.equal(whole[3:], decompress(second).tensor())
+    assert torch.equal(decompress(tmp_path / "out.flm", [6, 0, 3, 2]).tensor(), whole[[6, 0, 3, 2]])
+    assert inspect(tmp_path / "out.flm")["method"] == "segments"
+
+
+def test_a_clip_longer_than_memory_is_cut_and_said_to_be(tmp_path, monkeypatch, caplog):
+    monkeypatch.setattr(segments, "MEMORY", 3 * 16 * 32 * 4)
+    compress(moving(9), tmp_path / "out.flm", "hnerv", strides=(2, 2, 2), epochs=1)
+    assert parse((tmp_path / "out.flm").read_bytes()).header.config == {"frames": [4, 5]}
+    assert "9 frames are more than a fit holds" in caplog.text
+
+
+def test_a_kill_loses_no_finished_segment(tmp_path, monkeypatch):
+    settings = {"method": "hnerv", "segment": 3, "strides": (2, 2, 2), "epochs": 3}
+    compress(moving(), tmp_path / "whole.flm", **settings)
+    monkeypatch.setattr(fit_module, "KEEP_EVERY", 0.0)
+    calls = []
+
+    def kill(*call):
+        calls.append(call)
+        if len(calls) == 5:
+            raise RuntimeError("killed")
+
+    with pytest.raises(RuntimeError, match="killed"):
+        compress(moving(), tmp_path / "out.flm", **settings, progress=kill)
+    assert len(calls) == 5
+    compress(moving(), tmp_path / "out.flm", **settings, resume=True, progress=lambda *call: calls.append(call))
+    assert len(calls) == 7
+    assert (tmp_path / "out.flm").read_bytes() == (tmp_path / "whole.flm").read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("method", "segment", "message"),
+    [("x264", 9, "--segment: x264 never holds the whole clip"), ("hnerv", 1, "--segment 1: a segment has 2 frames")],
+)
+def test_segments_that_cannot_be_are_refused(tmp_path, method, segment, message):
+    with pytest.raises(InputError, match=message):
+        compress(moving(), tmp_path / "out.flm", method, segment=segment)
+
+
+def test_a_segment_of_another_video_is_refused():
+    parts = {f"part{k}": file_of(untrained(), moving()) for k in range(2)}
+    header = replace(describe(moving(8), "segments", {"frames": [2, 6]}))
+    with pytest.raises(InputError, match="segment 0 is damaged; it holds another video"):
+        list(decompress(Container(header, parts).to_bytes()))
+    for lengths in ([6], [0, 8], [5.5, 2.5], "26", None, [9, -1]):
+        bad = Container(replace(header, config={"frames": lengths}), parts).to_bytes()
+        with pytest.raises(InputError, match="the header is damaged"):
+            list(decompress(bad))

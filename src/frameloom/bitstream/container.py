@@ -25,7 +25,7 @@ MAX_HEADER = 1 << 20
 MAX_SIDE = 1 << 16
 MAX_PIXELS = 1 << 26
 MAX_FRAMES = 1 << 24
-MAX_SECTIONS = 64
+MAX_SECTIONS = 512
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,6 +1,6 @@
-"""Min-max quantisation of tensors to b-bit symbols, the scheme of HNeRV (arXiv 2304.02633, section 3.3).
+"""Min-max quantisation of tensors to symbols of so many levels, the scheme of HNeRV (arXiv 2304.02633, section 3.3).
 
-A tensor becomes symbols q in [0, 2^b) with x ~ low + scale * q. `low` and `scale` are single numbers, or vary
+A tensor becomes symbols q in [0, levels) with x ~ low + scale * q. `low` and `scale` are single numbers, or vary
 over all axes but one; the choice with the least mean absolute error wins, among those whose pairs of side
 numbers are fewer than 2% of the tensor's own numbers. Side numbers are float16, and the search measures its
 error with exactly the float16 values that the file keeps.
@@ -18,6 +18,7 @@ from torch import Tensor
 from frameloom.errors import InputError
 
 SIDE_SHARE = 0.02
+LEVELS = 256  # the most, one byte
 _LARGEST = 32752.0  # half of what float16 holds, so that a range fits too
 WHOLE = 255  # the stored axis of a tensor that has one pair of side numbers
 
@@ -35,15 +36,15 @@ class Quantised:
         return self.low.float() + self.scale.float() * self.symbols.float()
 
 
-def quantise(tensor: Tensor, bits: int) -> Quantised:
-    """The best min-max quantisation of `tensor` to `bits` (at most 8) bits.
+def quantise(tensor: Tensor, levels: int) -> Quantised:
+    """The best min-max quantisation of `tensor` to `levels` (2 to 256; 256 is 8 bits).
 
     Raises InputError when the tensor is not finite or leaves the range of float16.
     """
     tensor = tensor.detach().float().cpu()
     if not (tensor.abs() <= _LARGEST).all():
         raise InputError("weights beyond 32752 cannot be stored; the fit went wrong, lower the learning rate")
-    choices = (_along(tensor, axis, bits) for axis in _axes(tensor))
+    choices = (_along(tensor, axis, levels) for axis in _axes(tensor))
     return min(choices, key=lambda choice: float((choice.values() - tensor).abs().mean()))
 
 
@@ -59,8 +60,8 @@ def _axes(tensor: Tensor) -> Iterator[int | None]:
             yield axis
 
 
-def _along(tensor: Tensor, axis: int | None, bits: int) -> Quantised:
-    top = 2**bits - 1
+def _along(tensor: Tensor, axis: int | None, levels: int) -> Quantised:
+    top = levels - 1
     reduced = tuple(range(tensor.ndim)) if axis is None else (axis,)
     low = tensor.amin(reduced, keepdim=True)
     scale = ((tensor.amax(reduced, keepdim=True) - low) / top).half()

@@ -7,7 +7,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,9 @@ from frameloom.claims.base import Result
 from frameloom.metrics import psnr
 from frameloom.progress import Progress
 from frameloom.tasks.compression.base import describe
-from frameloom.tasks.compression.hnerv import Config, HNeRV, NeRV, of_size, solve_width
+from frameloom.tasks.compression.fitted import Fitted
+from frameloom.tasks.compression.hnerv import HNeRV, NeRV
+from frameloom.tasks.compression.nerv import Config, of_size, solve_width
 from frameloom.video.clip import Clip
 from frameloom.world.world import World
 
@@ -35,7 +37,7 @@ torch.save(decoded.bytes_tensor(), sys.argv[2])
 """
 
 
-def run(*, seed: int, retrain: bool, progress: Progress, epochs: int = 150) -> Result:
+def run(*, seed: int, retrain: bool, progress: Progress, epochs: int = 300) -> Result:
     """Fit both networks, and HNeRV with NeRV's kernels and channels, and measure what their files hold.
 
     Rows are measured on frames decoded from the file. Everything is fitted anew each time, so `retrain` changes
@@ -47,7 +49,7 @@ def run(*, seed: int, retrain: bool, progress: Progress, epochs: int = 150) -> R
     target = pictures.float() / 255
     plain = HNeRV.preset("tiny")
     even = of_size(replace(plain, kernels=(3, 3), reduction=2.0), plain.parameters)
-    plans: list[tuple[str, type[HNeRV], Config]] = [
+    plans: list[tuple[str, type[Fitted], Config]] = [
         ("nerv", NeRV, NeRV.preset("tiny")),
         ("hnerv", HNeRV, plain),
         ("hnerv (3,3; r=2)", HNeRV, even),
@@ -57,9 +59,9 @@ def run(*, seed: int, retrain: bool, progress: Progress, epochs: int = 150) -> R
     checks: dict[str, bool] = {}
     for name, method, config in plans:
         started = time.perf_counter()
-        network = method.fit(pictures, config, epochs=epochs, seed=seed, progress=progress)
+        network = method.fitted_to(pictures, config, epochs=epochs, seed=seed, progress=progress)
         seconds = time.perf_counter() - started
-        data = network.to_bytes(describe(clip, method.method, asdict(config)))
+        data = network.to_bytes(describe(clip, method.method, {}))
         decoded = torch.stack(list(method.decode(data)))
         found[name] = float(psnr(decoded, target))
         rows.append({"name": name, "psnr": f"{found[name]:.2f} dB", "parameters": f"{config.parameters:,}",
@@ -87,7 +89,7 @@ def run(*, seed: int, retrain: bool, progress: Progress, epochs: int = 150) -> R
     )
 
 
-def _width(method: type[HNeRV], size: int) -> int:
+def _width(method: type[Fitted], size: int) -> int:
     return solve_width(size, method.preset("paper"))
 
 

@@ -1,5 +1,6 @@
 """Verbs in a chain: `interpolate 60fps method=dis | compress hnerv size=60k` as functions from clip to clip."""
 
+import contextlib
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -14,8 +15,9 @@ if TYPE_CHECKING:
 VERBS = {
     "interpolate": ("fps", {"fps": str, "method": str, "weights": str, "tile": int, "steps": int, "seed": int}),
     "stabilize": ("smoothness", {"smoothness": float, "method": str, "weights": str}),
-    "compress": ("method", {"method": str, "size": lambda text: parse_size(text), "epochs": int, "quality": float,
-                            "preset": str, "fit": str, "strides": lambda text: parse_numbers(text, "strides")}),
+    "compress": ("method", {"method": str, "size": lambda text: parse_size(text), "bpp": float, "quality": str,
+                            "epochs": int, "minutes": float, "base": str, "preset": str, "fit": str,
+                            "strides": lambda text: parse_numbers(text, "strides")}),
 }  # fmt: skip
 
 
@@ -101,6 +103,30 @@ def parse_numbers(text: str | None, flag: str) -> list[int] | None:
         return [int(part) for part in text.split(",")]
     except ValueError:
         raise InputError(f"{flag} {text}: whole numbers separated by commas, such as 5,4,4,2,2") from None
+
+
+def parse_bits(text: str) -> list[float]:
+    """Bits a pixel separated by commas."""
+    try:
+        return [float(part) for part in text.split(",")]
+    except ValueError:
+        raise InputError(f"--bpp {text}: bits a pixel are numbers such as 0.05,0.1,0.2") from None
+
+
+def parse_settings(given: list[str]) -> dict[str, int | float | bool | str]:
+    """Settings from `gop=24`, `spatial=true`, `rate=2.5`."""
+    settings: dict[str, int | float | bool | str] = {}
+    for text in given:
+        name, equals, value = text.partition("=")
+        if not (equals and name.isidentifier() and value):
+            raise InputError(f"--set {text}: a setting is NAME=VALUE, such as gop=24")
+        settings[name] = value
+        if value.lower() in ("true", "false"):
+            settings[name] = value.lower() == "true"
+        for kind in (float, int):
+            with contextlib.suppress(ValueError):
+                settings[name] = kind(value)
+    return settings
 
 
 def parse_prompts(first: str, later: list[str]) -> dict[int, str]:

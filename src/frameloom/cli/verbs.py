@@ -7,10 +7,11 @@ from typing import Annotated
 import typer
 
 from frameloom.cli import options
+from frameloom.errors import InputError
 
 
 def register(app: typer.Typer) -> None:
-    for command in (flow, interpolate, stabilize, live, compress, decompress, inspect, run):
+    for command in (flow, interpolate, stabilize, live, compress, decompress, inspect, rd, run):
         app.command()(command)
 
 
@@ -245,12 +246,19 @@ def compress(
     input: options.Input,
     output: Annotated[Path, typer.Argument(help="the file to make: .flm")],
     method: options.Method = "auto",
-    size: Annotated[str | None, typer.Option(help="bytes to aim for: 60000, 250k, 1.5M")] = None,
+    size: Annotated[str | None, typer.Option(help="bytes at most: 60000, 250k, 1.5M")] = None,
+    bpp: Annotated[float | None, typer.Option(help="bits a pixel at most, in place of a size")] = None,
+    quality: Annotated[str | None, typer.Option(help="a PSNR to reach, 35dB; or a conventional codec's crf")] = None,
+    minutes: Annotated[float | None, typer.Option(help="how long a codec that learns the video may take")] = None,
     epochs: Annotated[int | None, typer.Option(help="passes over the video, for codecs that learn it")] = None,
+    base: Annotated[str | None, typer.Option(help="the network that boost-nerv boosts: hnerv or nerv")] = None,
     strides: Annotated[str | None, typer.Option(help="upsampling of a learned codec, such as 5,4,4,2,2")] = None,
     fit: Annotated[str | None, typer.Option(help="pad or crop frames that the strides do not divide")] = None,
-    quality: Annotated[float | None, typer.Option(help="crf of a conventional codec")] = None,
     preset: options.Preset = None,
+    weights: options.Weights = None,
+    set: Annotated[list[str] | None, typer.Option(help="a setting of the method's own, such as gop=24")] = None,
+    segment: Annotated[int | None, typer.Option(help="frames of each fit, for clips longer than memory")] = None,
+    resume: options.Resume = False,
     seed: options.Seed = 0,
     device: options.Device = "cpu",
     stream: options.Stream = 0,
@@ -262,7 +270,7 @@ def compress(
 ) -> None:
     """Store a video in one .flm file, by a neural codec or a conventional one."""
     from frameloom.cli import terminal
-    from frameloom.cli.chain import parse_numbers, parse_size
+    from frameloom.cli.chain import parse_numbers, parse_settings, parse_size
     from frameloom.tasks.compression import compress as verb
     from frameloom.video.reader import read
     from frameloom.video.writer import check_target
@@ -271,10 +279,11 @@ def compress(
     clip = read(input, stream=stream, range=range, rate=rate, deinterlace=deinterlace, keep_readable=keep_readable)
     check_target(output, clip.source.inputs())
     terminal.say(terminal.describe(clip, Path(input).name))
+    own = {"epochs": epochs, "minutes": minutes, "base": base, "strides": parse_numbers(strides, "--strides"),
+           "fit": fit, "preset": preset, "weights": weights} | parse_settings(set or [])  # fmt: skip
     with terminal.bar("steps") as progress:
-        report = verb(clip, output, method, size=parse_size(size), seed=seed, device=device, progress=progress,
-                      epochs=epochs, strides=parse_numbers(strides, "--strides"), fit=fit, quality=quality,
-                      preset=preset)  # fmt: skip
+        report = verb(clip, output, method, size=parse_size(size), bpp=bpp, quality=quality, segment=segment,
+                      resume=resume, seed=seed, device=device, progress=progress, **own)  # fmt: skip
     if json:
         terminal.emit(vars(report))
         return
@@ -286,6 +295,8 @@ def decompress(
     input: Annotated[Path, typer.Argument(help="a .flm file")],
     output: options.Output,
     frames: Annotated[str | None, typer.Option(help="only these, in this order: 17, 10:40, 0,10:20")] = None,
+    region: Annotated[str | None, typer.Option(help="only this part of every frame: x,y,width,height")] = None,
+    weights: options.Weights = None,
     codec: options.Codec = "h264",
     crf: options.Crf = None,
     preset: options.Preset = None,
@@ -295,13 +306,13 @@ def decompress(
     """Make a video of a .flm file, or of any frames of it."""
     from frameloom.cli import terminal
     from frameloom.tasks.compression import decompress as verb
-    from frameloom.tasks.compression.base import parse_frames
+    from frameloom.tasks.compression.base import parse_frames, parse_region
 
     terminal.listen()
-    clip = verb(input)
+    clip = verb(input, region=parse_region(region), weights=weights)
     terminal.say(terminal.describe(clip, input.name))
     if frames is not None:
-        clip = verb(input, parse_frames(frames, len(clip)))
+        clip = verb(input, parse_frames(frames, len(clip)), parse_region(region), weights)
     finish(clip, output, codec=codec, crf=crf, preset=preset, resume=resume, json=json)
 
 
@@ -322,6 +333,51 @@ def inspect(
     for name, part in found["sections"].items():
         print(f"  {name:28} {part['bytes']:>10,} bytes  {part['bits_per_pixel']:.5f} bits a pixel")
     print(f"  {'in all':28} {found['bytes']:>10,} bytes  {found['bits_per_pixel']:.5f} bits a pixel")
+
+
+def rd(
+    input: options.Input,
+    output: Annotated[Path, typer.Option("-o", "--output", help="the page to make: .html")],
+    methods: Annotated[str | None, typer.Option(help="such as hnerv,sem; x264, x265, av1 always")] = None,
+    bpp: Annotated[str, typer.Option(help="bits a pixel to compare at")] = "0.05,0.1,0.2,0.4",
+    minutes: Annotated[float | None, typer.Option(help="of every fit of a network; 1 if no epochs are given")] = None,
+    epochs: Annotated[int | None, typer.Option(help="of every fit of a network")] = None,
+    seed: options.Seed = 0,
+    device: options.Device = "cpu",
+    stream: options.Stream = 0,
+    range: options.Range = None,
+    rate: options.Rate = None,
+    deinterlace: options.Deinterlace = False,
+    keep_readable: options.KeepReadable = False,
+    json: options.Json = False,
+) -> None:
+    """Compare codecs on a video at the same sizes: curves of PSNR and MS-SSIM, BD-rate, times."""
+    from frameloom.cli import terminal
+    from frameloom.cli.chain import parse_bits
+    from frameloom.tasks.compression.base import write_whole
+    from frameloom.tasks.compression.rd import against, page, rate_distortion, report
+    from frameloom.video.reader import read
+
+    terminal.listen()
+    clip = read(input, stream=stream, range=range, rate=rate, deinterlace=deinterlace, keep_readable=keep_readable)
+    if output.suffix != ".html":
+        raise InputError(f"{output}: the page is an .html file")
+    terminal.say(terminal.describe(clip, Path(input).name))
+    names = methods.split(",") if methods else None
+    with terminal.bar("steps") as progress:
+        points = rate_distortion(clip, names, parse_bits(bpp), minutes=minutes, epochs=epochs, seed=seed, device=device,
+                                 progress=progress)  # fmt: skip
+    write_whole(output, page(points, clip).encode())
+    if json:
+        terminal.emit(report(points, clip))
+        return
+    for point in points:
+        quality = f"{point.psnr:6.2f} dB  MS-SSIM {point.ms_ssim:.4f}"
+        speed = f"encode {point.encode_seconds:7.1f} s  decode {point.decode_fps:6.0f} frames/s"
+        print(f"{point.method:10} {point.bits_per_pixel:.4f} bits a pixel  {quality}  {speed}")
+    for method, value in against(points).items():
+        print(f"{method:10} BD-rate against x264: {'no quality in common' if value is None else f'{value:+.1f}%'}")
+    terminal.say(str(output))
 
 
 def run(

@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
 import torch
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
@@ -23,6 +22,7 @@ from frameloom.errors import InputError, Interrupted
 from frameloom.progress import Progress, silent
 from frameloom.training.pretrained import digest, load, save_pretrained
 from frameloom.training.recipe import Recipe
+from frameloom.training.state import load_state, read_facts, save_state
 
 
 @runtime_checkable
@@ -191,6 +191,11 @@ def fit(
     batches = DataLoader(_Steps(dataset, recipe), batch_size=None,
                          sampler=range(start, recipe.steps), num_workers=workers,
                          prefetch_factor=4 if workers else None, persistent_workers=workers > 0)  # fmt: skip
+
+    def keep(model: nn.Module, step: int) -> None:
+        parts = {"model": model, "average": average}
+        save_state(out / "state.safetensors", parts, optimisers, {"step": str(step)})
+
     board = SummaryWriter(str(out / "events"), purge_step=start)
     saved = begun = time.monotonic()
     step = start
@@ -222,7 +227,7 @@ def fit(
                     board.add_scalar("loss", row["loss"], step)
                     board.add_scalar("lr", rate, step)
                 if time.monotonic() - saved > save_every:
-                    _save(out, accelerator.unwrap_model(model), average, optimisers, step + 1)
+                    keep(accelerator.unwrap_model(model), step + 1)
                     saved = time.monotonic()
                 progress(label, step + 1, recipe.steps)
     except KeyboardInterrupt:
@@ -231,7 +236,7 @@ def fit(
     finally:
         board.close()
     final = accelerator.unwrap_model(model)
-    _save(out, final, average, optimisers, recipe.steps)
+    keep(final, recipe.steps)
     return (average if average is not None else final.eval()), recipe.steps - start
 
 
@@ -269,41 +274,14 @@ def _optimisers(model: nn.Module, recipe: Recipe) -> list[torch.optim.Optimizer]
     return made
 
 
-def _save(out: Path, model: nn.Module, average: nn.Module | None, optimisers, step: int) -> None:
-    tensors = {f"model.{name}": value for name, value in model.state_dict().items()}
-    if average is not None:
-        tensors |= {f"average.{name}": value for name, value in average.state_dict().items()}
-    for which, optimiser in enumerate(optimisers):
-        for number, slots in optimiser.state_dict()["state"].items():
-            tensors |= {f"optimiser.{which}.{number}.{slot}": value for slot, value in slots.items()}
-    tensors = {name: value.detach().cpu().contiguous().clone() for name, value in tensors.items()}
-    save_file(tensors, out / "state.tmp", metadata={"step": str(step)})
-    os.replace(out / "state.tmp", out / "state.safetensors")
-
-
 def _restore(out: Path, model: nn.Module, average: nn.Module | None, optimisers) -> int:
     """Load the last saved state, if there is one; the number of steps done."""
     path = out / "state.safetensors"
-    if not path.is_file():
+    facts = read_facts(path)
+    if facts is None:
         return 0
-    from safetensors import safe_open
-
-    with safe_open(path, "pt") as file:
-        step = int(file.metadata()["step"])
-    parts: dict[str, dict[str, Tensor]] = {"model": {}, "average": {}, "optimiser": {}}
-    for name, value in load_file(path).items():
-        part, _, rest = name.partition(".")
-        parts[part][rest] = value
-    model.load_state_dict(parts["model"])
-    if average is not None:
-        average.load_state_dict(parts["average"])
-    slots: list[dict[int, dict[str, Tensor]]] = [{} for _ in optimisers]
-    for name, value in parts["optimiser"].items():
-        which, number, slot = name.split(".")
-        slots[int(which)].setdefault(int(number), {})[slot] = value
-    for optimiser, kept in zip(optimisers, slots, strict=True):
-        optimiser.load_state_dict({"state": kept, "param_groups": optimiser.state_dict()["param_groups"]})
-    return step
+    load_state(path, {"model": model, "average": average}, optimisers)
+    return int(facts["step"])
 
 
 def _forget_after(log: Path, step: int) -> None:

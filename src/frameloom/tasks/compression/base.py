@@ -5,6 +5,7 @@ The size of a compressed video is the length of its file: bits per pixel = 8 * l
 """
 
 import inspect as introspection
+import logging
 import math
 import os
 import time
@@ -24,8 +25,11 @@ from frameloom.cards import card, chosen
 from frameloom.errors import InputError
 from frameloom.metrics.rate import bits_per_pixel
 from frameloom.progress import Progress, silent
+from frameloom.tasks.compression.fit import State
 from frameloom.video.clip import Clip, Frame, Info, Source
 from frameloom.video.times import RegularTimes
+
+_log = logging.getLogger("frameloom.compression")
 
 
 class VideoCodec(Protocol):
@@ -64,6 +68,10 @@ def compress(
     method: str = "auto",
     *,
     size: int | None = None,
+    bpp: float | None = None,
+    quality: float | int | str | None = None,
+    segment: int | None = None,
+    resume: bool = False,
     seed: int = 0,
     device: str = "cpu",
     progress: Progress = silent,
@@ -71,56 +79,134 @@ def compress(
 ) -> Report:
     """Write `clip` to `path` as a `.flm` file. Pictures only: sound is not stored.
 
-    `size` is the number of bytes to aim for. `method="auto"` is a conventional codec, because at equal size
-    those measure best on ordinary clips; learned codecs are asked for by name. Further settings go to the
-    method (`epochs`, `strides`, `fit`, `loss` for `hnerv` and `nerv`; `quality`, `preset` for `x264`, `x265`,
-    `av1`). The file appears under its name only when it is complete.
+    `size` is the number of bytes that the file may have; `bpp` says the same in bits a pixel; `quality="35dB"` is the
+    PSNR that the decoded frames shall have (a plain number is a conventional codec's own rate factor).
+    `method="auto"` is a conventional codec, because at equal size those measure best on ordinary clips; learned codecs
+    are asked for by name. Further settings go to the method (`epochs`, `minutes`, `strides`, `fit`, `loss` for those
+    that fit a network; `preset` for `x264`, `x265`, `av1`). The file appears under its name only when it is complete.
+
+    A method that must hold the whole clip takes a long one in segments, each a fit of its own: of `segment` frames, or
+    as many as fit in a gigabyte.
+
+    A fit keeps its state beside the file while it is under way; after a kill, the same call with `resume` goes on
+    to the same file.
 
     Raises InputError for a setting that the method does not have, and for what the method itself refuses.
     """
     path = Path(path)
     if not path.parent.is_dir():
         raise InputError(f"{path}: there is no folder {path.parent}")
+    if bpp is not None:
+        if size is not None:
+            raise InputError("--bpp and --size: give one of the two")
+        if not 0 < bpp < 100:
+            raise InputError(f"--bpp {bpp:g}: bits a pixel are above 0")
+        size = int(bpp * len(clip) * clip.info.width * clip.info.height / 8)
     if size is not None and size < 1:
         raise InputError(f"--size {size}: the size to aim for is 1 byte or more")
     method = chosen(method, "compress")
-    codec = card(method, "compress").load_class()
-    given = {key: value for key, value in settings.items() if value is not None}
-    known = set(introspection.signature(codec.encode).parameters) - {"clip"}
-    if unknown := sorted(set(given) - known):
-        own = sorted(known - {"size", "seed", "device", "progress"})
-        raise InputError(f"--{unknown[0]}: {method} has no such setting; it has {', '.join(own)}")
+    codec, given = codec_and_settings(method, settings | {"quality": quality})
+    state = None
+    if "state" in introspection.signature(codec.encode).parameters:
+        about = f"{method} {size} {seed} {sorted(given.items())} {clip.source.fingerprint()}"
+        given["state"] = state = State(path.with_name(f".{path.name}.state"), about, resume)
+    elif resume:
+        raise InputError(f"--resume: {method} keeps nothing to go on with; it begins anew in a moment")
+    given |= {"size": size, "seed": seed, "device": device, "progress": progress}
     started = time.perf_counter()
-    data = codec.encode(clip, size=size, seed=seed, device=device, progress=progress, **given)
-    _write_whole(path, data)
+    cut = _segment(clip, method, segment)
+    if cut is None:
+        data = codec.encode(clip, **given)
+    else:
+        from frameloom.tasks.compression.segments import Segments
+
+        data = Segments.encode(codec, clip, cut, **{"state": None} | given)
+    write_whole(path, data)
+    if state is not None:
+        state.forget()
     header = parse(data).header
     rate = bits_per_pixel(len(data), header.frames, header.height, header.width)
     return Report(path, method, len(data), rate, time.perf_counter() - started)
 
 
-def decompress(source: str | Path | bytes, frames: Sequence[int] | None = None) -> Clip:
+def _segment(clip: Clip, method: str, segment: int | None) -> int | None:
+    """Frames of a segment, for methods that hold the whole clip; None to take it whole."""
+    from frameloom.tasks.compression.segments import length
+
+    if card(method).streams:
+        if segment is not None:
+            raise InputError(f"--segment: {method} never holds the whole clip and needs no segments")
+        return None
+    if segment is None and len(clip) > length(clip):
+        segment = length(clip)
+        _log.warning("%d frames are more than a fit holds; they are fitted in segments of %d", len(clip), segment)
+    return segment
+
+
+def codec_and_settings(method: str, settings: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+    """The codec of a method, and those settings that are not None.
+
+    Raises InputError for one that it does not have.
+    """
+    codec = card(method, "compress").load_class()
+    known = set(introspection.signature(codec.encode).parameters) - {"clip"}
+    given = {key: value for key, value in settings.items() if value is not None}
+    if "quality" in given:
+        given |= _quality(given.pop("quality"), method, known)
+    if unknown := sorted(set(given) - known):
+        own = sorted(known - {"size", "seed", "device", "progress", "state", "psnr"})
+        raise InputError(f"--{unknown[0]}: {method} has no such setting; it has {', '.join(own)}")
+    return codec, given
+
+
+def _quality(quality: float | int | str, method: str, known: set[str]) -> dict[str, float]:
+    """`35dB` as the setting `psnr`, a plain number as the setting `quality`."""
+    text = str(quality).strip()
+    wanted = text.lower().removesuffix("db")
+    try:
+        value = float(wanted)
+    except ValueError:
+        raise InputError(f"--quality {text}: a quality is a PSNR such as 35dB, or a codec's own number") from None
+    name = "psnr" if wanted != text.lower() else "quality"
+    if name not in known:
+        means = "a PSNR such as 35dB" if "psnr" in known else "nothing that it can aim at"
+        raise InputError(f"--quality {text}: {method} takes {means}")
+    if name == "psnr" and not 5 <= value <= 80:
+        raise InputError(f"--quality {text}: a PSNR to aim at is 5 to 80 dB")
+    return {name: value}
+
+
+Region = tuple[int, int, int, int]
+
+
+def decompress(source: str | Path | bytes, frames: Sequence[int] | None = None, region: Region | None = None) -> Clip:
     """The clip in a `.flm` file; each frame is decoded when it is asked for.
 
-    `frames` picks frames by number, in any order; they are then shown at the file's own rate.
-    Raises InputError for a damaged file, a method that is not installed and frames that are not there.
+    `frames` picks frames by number, in any order; they are then shown at the file's own rate. `region` is x, y, width
+    and height of a part of every frame. `weights` are those that a learned codec's file was made with, if not the
+    shipped ones.
+    Raises InputError for a damaged file, a method that is not installed, frames and regions that are not there.
     """
     data, origin = _load(source)
-    whole = CompressedSource(data, origin)
-    if frames is None:
-        return Clip(whole)
-    chosen = list(frames)
-    if not chosen:
+    whole = CompressedSource(data, origin, weights=weights)
+    if region is not None:
+        x, y, width, height = region
+        wide, tall = whole.header.width, whole.header.height
+        if not (0 <= x < x + width <= wide and 0 <= y < y + height <= tall):
+            raise InputError(f"--region {x},{y},{width},{height}: not within {origin}, which is {wide}x{tall}")
+    chosen = None if frames is None else list(frames)
+    if chosen == []:
         raise InputError("--frames: no frame is chosen")
-    for number in chosen:
+    for number in chosen or []:
         if not 0 <= number < whole.header.frames:
             raise InputError(f"--frames {number}: {origin} has frames 0 to {whole.header.frames - 1}")
-    return Clip(CompressedSource(data, origin, chosen))
+    return Clip(CompressedSource(data, origin, chosen, region, weights))
 
 
 def inspect(source: str | Path | bytes) -> dict[str, Any]:
     """The header of a `.flm` file and every section's bytes and bits per pixel."""
     data, origin = _load(source)
-    return _codec(parse(data, origin).header, origin).inspect(data)
+    return codec_of(parse(data, origin).header, origin).inspect(data)
 
 
 def parse_frames(text: str, count: int, flag: str = "--frames") -> list[int]:
@@ -143,18 +229,36 @@ def parse_frames(text: str, count: int, flag: str = "--frames") -> list[int]:
     return chosen
 
 
-class CompressedSource(Source):
-    """Frames of a compressed file, all of them or those in `chosen`."""
+def parse_region(text: str | None) -> Region | None:
+    """`x,y,w,h` as four numbers."""
+    if text is None:
+        return None
+    try:
+        x, y, width, height = (int(part) for part in text.split(","))
+    except ValueError:
+        raise InputError(f"--region {text}: a region is x,y,width,height such as 0,0,320,180") from None
+    return x, y, width, height
 
-    def __init__(self, data: bytes, origin: str, chosen: Sequence[int] | None = None) -> None:
-        self.data, self.chosen = data, chosen
+
+class CompressedSource(Source):
+    """Frames of a compressed file, all of them or those in `chosen`; of each, all or `region`."""
+
+    def __init__(
+        self,
+        data: bytes,
+        origin: str,
+        chosen: Sequence[int] | None = None,
+        region: Region | None = None,
+        weights: str | Path | None = None,
+    ) -> None:
+        self.data, self.chosen, self.region, self.weights = data, chosen, region, weights
         container = parse(data, origin)
         self.header = header = container.header
-        self.codec = _codec(header, origin)
+        self.codec = codec_of(header, origin)
         self._times = None if chosen is not None else unpack_times(container)
         self.info = Info(
-            width=header.width,
-            height=header.height,
+            width=header.width if region is None else region[2],
+            height=header.height if region is None else region[3],
             rate=header.rate,
             colour=header.colour,
             pix_fmt="yuv420p" if header.colour.depth <= 8 else "yuv420p10le",
@@ -173,11 +277,25 @@ class CompressedSource(Source):
         times = self.times()
         numbers = range(len(times))[start:stop]
         wanted = numbers if self.chosen is None else self.chosen[start:stop]
-        for number, picture in zip(numbers, self.codec.decode(self.data, wanted), strict=True):
+        takes = introspection.signature(self.codec.decode).parameters
+        given: dict[str, Any] = {}
+        # Some methods need not draw the rest of the frame.
+        partly = self.region is not None and "region" in takes
+        if partly:
+            given["region"] = self.region
+        if self.weights is not None:
+            if "weights" not in takes:
+                raise InputError(f"--weights: files of {self.header.method} hold all that they need")
+            given["weights"] = self.weights
+        pictures = self.codec.decode(self.data, wanted, **given)
+        for number, picture in zip(numbers, pictures, strict=True):
+            if self.region is not None and not partly:
+                x, y, width, height = self.region
+                picture = picture[:, y : y + height, x : x + width].contiguous()
             yield Frame(times[number], self.header.colour, rgb=picture)
 
     def fingerprint(self) -> str:
-        return f"flm {zlib.crc32(self.data):08x} {len(self.data)} {self.chosen}"
+        return f"flm {zlib.crc32(self.data):08x} {len(self.data)} {self.chosen} {self.region}"
 
 
 class SectionedCodec:
@@ -260,14 +378,20 @@ def _load(source: str | Path | bytes) -> tuple[bytes, str]:
         raise InputError(f"{source}: {error.strerror or error}") from None
 
 
-def _codec(header: Header, origin: str) -> Any:
+def codec_of(header: Header, origin: str) -> Any:
+    """The codec that made a file. Raises InputError for one that is not installed."""
+    if header.method == "segments":
+        from frameloom.tasks.compression.segments import Segments
+
+        return Segments
     try:
         return card(header.method, "compress").load_class()
     except InputError:
         raise InputError(f"{origin}: made by a method that is not installed here") from None
 
 
-def _write_whole(path: Path, data: bytes) -> None:
+def write_whole(path: Path, data: bytes) -> None:
+    """The bytes under the name, all of them or none."""
     partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
     try:
         with partial.open("wb") as file:

@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from itertools import accumulate
+from statistics import fmean
 from typing import Any, ClassVar
 
 import av
@@ -22,6 +23,7 @@ from torch import Tensor
 from frameloom.bitstream.container import Container, parse, whole
 from frameloom.bitstream.varint import pack_numbers, unpack_numbers
 from frameloom.errors import InputError
+from frameloom.metrics import psnr as measure_psnr
 from frameloom.progress import Progress, silent
 from frameloom.tasks.compression.base import SectionedCodec, describe, pack_times
 from frameloom.video.clip import Clip, Frame
@@ -68,18 +70,20 @@ class Conventional(SectionedCodec):
         *,
         size: int | None = None,
         quality: float | int | None = None,
+        psnr: float | None = None,
         preset: str | None = None,
         keyint: int = 128,
         seed: int = 0,
         device: str = "cpu",
         progress: Progress = silent,
     ) -> bytes:
-        """The clip at `quality`, or the largest file of at most `size` bytes (a few encodes of the clip).
+        """The clip at `quality`, the largest file of at most `size` bytes, or the smallest of at least `psnr` dB.
 
+        The last two take several encodes of the clip.
         A keyframe comes at least every `keyint` frames. 4:2:0, 8 bit, or 10 bit when the clip has more than
         8. `seed` and `device` are what every codec takes; these use no chance, and the CPU.
         """
-        if size is not None and quality is not None:
+        if sum(wish is not None for wish in (size, quality, psnr)) > 1:
             raise InputError("--quality and --size: give one of the two")
         if quality is not None and not 0 <= quality <= cls.worst:
             raise InputError(f"--quality {quality:g}: {cls.method} takes 0 (best) to {cls.worst}")
@@ -89,7 +93,33 @@ class Conventional(SectionedCodec):
         def make(factor: float | int) -> bytes:
             return cls._file(clip, factor, preset or cls.preset, keyint, progress)
 
-        return make(cls.quality if quality is None else quality) if size is None else cls._fit_size(make, size)
+        if size is not None:
+            return cls._fit_size(make, size)
+        if psnr is not None:
+            return cls._fit_psnr(make, clip, psnr)
+        return make(cls.quality if quality is None else quality)
+
+    @classmethod
+    def _fit_psnr(cls, make: Callable[[float], bytes], clip: Clip, psnr: float) -> bytes:
+        """The smallest file whose frames have `psnr` dB, by halving the range of factors."""
+
+        def measured(data: bytes) -> float:
+            frames = zip(cls.decode(data), clip, strict=True)
+            return fmean(float(measure_psnr(decoded[None], frame.rgb[None])) for decoded, frame in frames)
+
+        best = make(0.0)
+        reached = measured(best)
+        if reached < psnr:
+            raise InputError(f"--quality {psnr:g}dB: {cls.method} reaches {reached:.2f} dB on this clip at most")
+        good, bad = 0, round(cls.worst / _STEP) + 1
+        while bad - good > 1:
+            middle = (good + bad) // 2
+            data = make(middle * _STEP)
+            if measured(data) >= psnr:
+                best, good = data, middle
+            else:
+                bad = middle
+        return best
 
     @classmethod
     def _fit_size(cls, make: Callable[[float], bytes], size: int) -> bytes:

@@ -1,15 +1,19 @@
-"""Frames of any size for networks whose sides are products of strides: padding, cropping, choosing strides."""
+"""Frames of any size for networks whose sides are products of strides, and clips as groups of frames."""
 
 import itertools
+import logging
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
-from jaxtyping import UInt8
+from jaxtyping import Float, UInt8
 from torch import Tensor
 
 from frameloom.errors import InputError
+from frameloom.motion.cuts import change
 from frameloom.video.clip import Clip
+
+log = logging.getLogger("frameloom.compression")
 
 
 def load_pictures(clip: Clip) -> UInt8[Tensor, "t 3 h w"]:
@@ -69,3 +73,30 @@ def misfit(height: int, width: int, strides: tuple[int, ...], better: tuple[int,
 def listed(strides: Sequence[int]) -> str:
     """As a person types them."""
     return ",".join(map(str, strides))
+
+
+def grouped(clip: Clip, size: int, split: bool) -> Iterator[tuple[list[Float[Tensor, "3 h w"]], bool]]:
+    """Groups of up to `size` frames, and whether a group is known to begin at a cut (only with `split`)."""
+    held: list[Tensor] = []
+    last, cut, noted = None, False, False
+    for number, frame in enumerate(clip):
+        picture = frame.rgb
+        if picture.shape[-2:] != (clip.info.height, clip.info.width):
+            raise InputError(f"{clip.info.name}: frame {number} is {picture.shape[-1]}x{picture.shape[-2]}; all frames "
+                             f"of a clip must be {clip.info.width}x{clip.info.height}")  # fmt: skip
+        if len(held) == size:
+            yield held, cut
+            held, cut = [], False
+        if last is not None and (held or split) and not noted and change(last, picture).cut:
+            if split:
+                if held:
+                    yield held, cut
+                held, cut = [], True
+            else:
+                noted = True
+                log.info("a cut at frame %d lies inside a group; --split-on-cuts ends groups at cuts", number)
+        held.append(picture)
+        last = picture
+    if not held:
+        raise InputError(f"{clip.info.name}: no frames")
+    yield held, cut

@@ -12,18 +12,18 @@ from frameloom.bitstream.rangecoder import pack_symbols, unpack_symbols
 from frameloom.errors import InputError
 
 
-def pack_tensors(name: str, tensors: Sequence[Tensor], bits: int) -> dict[str, bytes]:
+def pack_tensors(name: str, tensors: Sequence[Tensor], levels: int) -> dict[str, bytes]:
     """The sections `name`, one stream with one table of frequencies, and `name_sides`."""
-    quantised = [quantise(tensor, bits) for tensor in tensors]
+    quantised = [quantise(tensor, levels) for tensor in tensors]
     symbols = torch.cat([one.symbols.flatten() for one in quantised]).numpy()
-    return {name: pack_symbols(symbols, 1 << bits), f"{name}_sides": pack_sides(quantised)}
+    return {name: pack_symbols(symbols, levels), f"{name}_sides": pack_sides(quantised)}
 
 
-def unpack_tensors(container: Container, name: str, shapes: Sequence[Sequence[int]], bits: int) -> list[Tensor]:
+def unpack_tensors(container: Container, name: str, shapes: Sequence[Sequence[int]], levels: int) -> list[Tensor]:
     """The float32 tensors of the given shapes that `pack_tensors` stored, as quantised."""
     counts = [math.prod(shape) for shape in shapes]
     try:
-        symbols = unpack_symbols(container.section(name), sum(counts), 1 << bits)
+        symbols = unpack_symbols(container.section(name), sum(counts), levels)
         sides = unpack_sides(container.section(f"{name}_sides"), shapes)
     except InputError as error:
         raise InputError(f"section '{name}' is damaged: {error}") from None

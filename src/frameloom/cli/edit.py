@@ -1,0 +1,57 @@
+"""`frameloom edit`: verbs that change what a video shows."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from frameloom.cli import options
+
+edit = typer.Typer(help="Change what a video shows: inpaint fills holes.", no_args_is_help=True)
+
+
+def register(app: typer.Typer) -> None:
+    app.add_typer(edit, name="edit")
+
+
+@edit.callback()
+def group() -> None:
+    """Change what a video shows."""
+
+
+@edit.command()
+def inpaint(
+    input: options.Input,
+    output: options.Output,
+    mask: Annotated[str, typer.Option(help="a picture, or a video of masks: white is the hole")],
+    method: options.Method = "auto",
+    parameters: Annotated[int | None, typer.Option(help="of the network; one for 72 pixels if absent")] = None,
+    epochs: Annotated[int | None, typer.Option(help="passes over the video; 300 if no minutes are given")] = None,
+    minutes: Annotated[float | None, typer.Option(help="how long the fit may take")] = None,
+    seed: options.Seed = 0,
+    device: options.Device = "cpu",
+    codec: options.Codec = "h264",
+    crf: options.Crf = None,
+    preset: options.Preset = None,
+    stream: options.Stream = 0,
+    range: options.Range = None,
+    rate: options.Rate = None,
+    deinterlace: options.Deinterlace = False,
+    keep_readable: options.KeepReadable = False,
+    json: options.Json = False,
+) -> None:
+    """Fill holes by fitting a network to what is seen of the video."""
+    from frameloom.cli import terminal
+    from frameloom.cli.verbs import finish
+    from frameloom.tasks.compression.inpaint import inpaint as verb
+    from frameloom.video.reader import read
+    from frameloom.video.writer import check_output
+
+    terminal.listen()
+    clip = read(input, stream=stream, range=range, rate=rate, deinterlace=deinterlace, keep_readable=keep_readable)
+    check_output(clip, output)
+    terminal.say(terminal.describe(clip, Path(input).name))
+    with terminal.bar("steps") as progress:
+        made = verb(clip, read(mask), method, size=parameters, epochs=epochs, minutes=minutes, seed=seed,
+                    device=device, progress=progress)  # fmt: skip
+    finish(made, output, codec=codec, crf=crf, preset=preset, resume=False, json=json)
