@@ -179,7 +179,12 @@ def _quality(quality: float | int | str, method: str, known: set[str]) -> dict[s
 Region = tuple[int, int, int, int]
 
 
-def decompress(source: str | Path | bytes, frames: Sequence[int] | None = None, region: Region | None = None) -> Clip:
+def decompress(
+    source: str | Path | bytes,
+    frames: Sequence[int] | None = None,
+    region: Region | None = None,
+    weights: str | Path | None = None,
+) -> Clip:
     """The clip in a `.flm` file; each frame is decoded when it is asked for.
 
     `frames` picks frames by number, in any order; they are then shown at the file's own rate. `region` is x, y, width
