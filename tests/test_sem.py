@@ -102,6 +102,12 @@ def test_a_fresh_process_with_more_threads_reads_the_same_integers(file, folder,
     assert torch.equal(torch.load(tmp_path / "out.pt"), torch.cat(list(SEM.latents(file, weights=folder))))
 
 
+def test_decompress_takes_the_weights_that_a_file_was_made_with(file, folder):
+    clip = decompress(file, [3, 1], weights=folder)
+    made = list(SEM.decode(file, [3, 1], weights=folder))
+    assert all(torch.equal(frame.rgb, picture) for frame, picture in zip(clip, made, strict=True))
+
+
 def test_integers_beyond_every_table_are_escaped(tmp_path):
     network = untrained()
     with torch.no_grad():
@@ -198,7 +204,10 @@ def test_headers_that_promise_other_frames_are_refused(file, folder):
         ({"rate": 0}, r"--rate 0: these weights take 1 \(fewest bytes\) to 3"),
         ({"rate": 3.5}, "--rate 3.5"),
         ({"rate": 2, "size": 5000}, "--rate and --size"),
+        ({"rate": "high"}, "--rate high"),
         ({"gop": 0}, "--gop 0: a group has 1 to"),
+        ({"gop": 2.5}, r"--gop 2\.5"),
+        ({"spatial": "maybe"}, "--spatial maybe: true or false"),
         ({"size": 10}, r"--size 10: sem takes at least \d+ bytes"),
         ({"weights": "nowhere"}, "--weights nowhere"),
     ],

@@ -208,10 +208,13 @@ class SEM(SectionedCodec, nn.Module):
         points = len(network.config.weights)
         if size is not None and rate is not None:
             raise InputError("--rate and --size: give one of the two")
-        if rate is not None and not 1 <= rate <= points:
-            raise InputError(f"--rate {rate:g}: these weights take 1 (fewest bytes) to {points}")
-        if not 1 <= gop <= MAX_GOP:
+        if rate is not None and not (isinstance(rate, float | int) and 1 <= rate <= points):
+            raise InputError(f"--rate {rate}: these weights take 1 (fewest bytes) to {points}")
+        if not (isinstance(gop, int) and 1 <= gop <= MAX_GOP):
             raise InputError(f"--gop {gop}: a group has 1 to {MAX_GOP} frames")
+        for name, value in (("spatial", spatial), ("temporal", temporal)):
+            if not isinstance(value, bool):
+                raise InputError(f"--{name} {value}: true or false")
 
         def make(rate: float) -> bytes:
             return network._file(clip, rate, gop, spatial, temporal, progress)
