@@ -21,7 +21,7 @@ from frameloom.errors import InputError
 from frameloom.metrics import psnr
 from frameloom.tasks.compression.base import compress, decompress, inspect
 from frameloom.tasks.compression.pairs import Pairs, pairs
-from frameloom.tasks.compression.sem import SEM, Config
+from frameloom.tasks.compression.sem import SEM, Config, check_settings
 from frameloom.tasks.compression.sem_coder import LatentCoder
 from frameloom.tasks.compression.sem_network import GDN, REACH, Gained, MaskedConv, wavefronts
 from frameloom.training.pretrained import load, save_pretrained
@@ -204,10 +204,7 @@ def test_headers_that_promise_other_frames_are_refused(file, folder):
         ({"rate": 0}, r"--rate 0: these weights take 1 \(fewest bytes\) to 3"),
         ({"rate": 3.5}, "--rate 3.5"),
         ({"rate": 2, "size": 5000}, "--rate and --size"),
-        ({"rate": "high"}, "--rate high"),
         ({"gop": 0}, "--gop 0: a group has 1 to"),
-        ({"gop": 2.5}, r"--gop 2\.5"),
-        ({"spatial": "maybe"}, "--spatial maybe: true or false"),
         ({"size": 10}, r"--size 10: sem takes at least \d+ bytes"),
         ({"weights": "nowhere"}, "--weights nowhere"),
     ],
@@ -215,6 +212,15 @@ def test_headers_that_promise_other_frames_are_refused(file, folder):
 def test_settings_that_cannot_be_are_refused(settings, message, folder):
     with pytest.raises(InputError, match=message):
         SEM.encode(moving(2), **({"weights": folder} | settings))
+
+
+@pytest.mark.parametrize(
+    ("rate", "gop", "spatial", "message"),
+    [("high", 12, True, "--rate high"), (2, 2.5, True, r"--gop 2\.5"), (2, 12, "maybe", "--spatial maybe: true or")],
+)
+def test_settings_of_another_kind_are_refused(rate, gop, spatial, message):
+    with pytest.raises(InputError, match=message):
+        check_settings(6, rate, gop, spatial=spatial)
 
 
 def test_frames_of_two_sizes_are_refused(folder):

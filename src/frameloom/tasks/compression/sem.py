@@ -21,7 +21,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
 from pathlib import Path
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -208,13 +208,7 @@ class SEM(SectionedCodec, nn.Module):
         points = len(network.config.weights)
         if size is not None and rate is not None:
             raise InputError("--rate and --size: give one of the two")
-        if rate is not None and not (isinstance(rate, float | int) and 1 <= rate <= points):
-            raise InputError(f"--rate {rate}: these weights take 1 (fewest bytes) to {points}")
-        if not (isinstance(gop, int) and 1 <= gop <= MAX_GOP):
-            raise InputError(f"--gop {gop}: a group has 1 to {MAX_GOP} frames")
-        for name, value in (("spatial", spatial), ("temporal", temporal)):
-            if not isinstance(value, bool):
-                raise InputError(f"--{name} {value}: true or false")
+        check_settings(points, rate, gop, spatial=spatial, temporal=temporal)
 
         def make(rate: float) -> bytes:
             return network._file(clip, rate, gop, spatial, temporal, progress)
@@ -331,6 +325,17 @@ class SEM(SectionedCodec, nn.Module):
                                      "machine's arithmetic differs from that of the one that made it")  # fmt: skip
                 position += 1
             yield latent
+
+
+def check_settings(points: int, rate: Any, gop: Any, **switches: Any) -> None:
+    """InputError unless these can be meant; a command line may bring values of any kind."""
+    if rate is not None and not (isinstance(rate, float | int) and 1 <= rate <= points):
+        raise InputError(f"--rate {rate}: these weights take 1 (fewest bytes) to {points}")
+    if not (isinstance(gop, int) and 1 <= gop <= MAX_GOP):
+        raise InputError(f"--gop {gop}: a group has 1 to {MAX_GOP} frames")
+    for name, value in switches.items():
+        if not isinstance(value, bool):
+            raise InputError(f"--{name} {value}: true or false")
 
 
 def _largest(make: Callable[[float], bytes], size: int, best_rate: float) -> bytes:
