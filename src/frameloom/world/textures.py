@@ -84,6 +84,11 @@ def _photographs() -> np.ndarray:
     return np.concatenate(texels)
 
 
+def gallery() -> Float[np.ndarray, "n 512 512 3"]:
+    """Every photograph in [0, 1], cut square and brought to 512 a side."""
+    return _photographs().reshape(len(PHOTOGRAPHS), -1, 3)[:, : PHOTO * PHOTO].reshape(-1, PHOTO, PHOTO, 3)
+
+
 @lru_cache(maxsize=4)
 def _atlas(device: torch.device) -> Tensor:
     return torch.from_numpy(_photographs()).to(device)
