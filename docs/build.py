@@ -212,17 +212,22 @@ fl.decompress("clip.flm", frames=[17, 3]).tensor()                 # (2, 3, h, w
 ```
 
 The size is the length of the file, and bits a pixel are 8 times that over all pixels. `--size` and `--bpp` are met from
-below by every codec: a fitted network is as large as the size allows, and its quantiser has as many levels as still fit.
-`--quality 32dB` is the mean PSNR of the decoded frames: a fit ends when it is there, a network that does not get there
-is made larger, and the fewest levels that keep it are stored; what cannot be reached is an error that says what was. A
-plain number after `--quality` is a conventional codec's own rate factor. `--set NAME=VALUE` passes a method's own
-settings. Every number in a file is checked before it is believed: damage ends in one line that names the section.
+below: a fitted network is as large as the size allows, and its quantiser has as many levels as still fit; `sem` takes
+the highest rate that fits; only the files of `nirvana` follow from the video. `--quality 32dB` is the mean PSNR of the
+decoded frames: a fit ends when it is there, a network that does not get there is made larger, and the fewest levels
+that keep it are stored; what cannot be reached is an error that says what was. A plain number after `--quality` is a
+conventional codec's own rate factor. `--set NAME=VALUE` passes a method's own settings (`--set gop=24` of `sem`, `--set
+key=8` of `nirvana`). Every number in a file is checked before it is believed: damage ends in one line that names the
+section (`benchmarks/fuzz.py` tries ten thousand damaged files).
 
-**When a neural codec is worth it:** any frame costs one forward pass and none before it, so random access is even; the
-decoder is a few hundred lines; a fit to what is seen fills holes and leaves out noise; a learned codec like `sem` needs
-no motion search. **When not:** to store a video in fewer bytes. At equal bytes x264, x265 and AV1 give decibels more on
-ordinary footage and encode hundreds of times faster; every report here prints their line. Sound is not stored in a
-`.flm` file.
+**When a neural codec is worth it:** any frame of `hnerv` or `boost-nerv` costs one forward pass and none before it, so
+random access is even; the decoder is a few hundred lines; a fit to what is seen fills holes and leaves out noise; the
+frames of `nirvana` come in parts, for a region only its patches are drawn; with `sem` nothing drifts, and how good a
+frame is hangs on that frame alone. **When not:** to store a video in fewer bytes. At equal bytes x264, x265 and AV1
+give decibels more on ordinary footage and encode a hundred times faster; every report here prints their line. Sound is
+not stored in a `.flm` file.
+
+![Rate and distortion on a real clip](../pictures/rd.svg)
 """,
     ),
     "distill": (
@@ -357,7 +362,18 @@ def pictures() -> None:
     cv2.imwrite(str(folder / "steady-path.png"), steady_path(), save)
     cv2.imwrite(str(folder / "steady-mean.png"), steady_means(), save)
     cv2.imwrite(str(folder / "flow-methods.png"), flow_panels(), save)
+    (folder / "rd.svg").write_text(rd_curves())
     cv2.imwrite(str(folder / "strip.png"), np.concatenate([made[0], made[2], flow, world], 1)[::2, ::2], save)
+
+
+def rd_curves() -> str:
+    """PSNR over bits a pixel of the codecs in `docs/measured/compress.json`, its first clip."""
+    from frameloom.tasks.compression.rd import Point, plot
+
+    rows = json.loads((HERE / "measured" / "compress.json").read_text())["rows"]
+    points = [Point(row["method"], row["bytes"], row["bits a pixel"], row["PSNR (dB)"], row["MS-SSIM"], 0.0, 0.0)
+              for row in rows if row["clip"] == rows[0]["clip"]]  # fmt: skip
+    return plot(points, "PSNR, dB", [point.psnr for point in points])
 
 
 def flow_panels():

@@ -1,5 +1,6 @@
 """The fit of a network to one video: steps down a schedule until it ends, time is up, or the quality is there."""
 
+import logging
 import math
 import time
 from collections.abc import Callable, Sequence
@@ -16,9 +17,11 @@ from frameloom.metrics.image import ms_ssim, ssim
 from frameloom.progress import Progress, silent
 from frameloom.training.state import load_more, load_state, read_facts, save_state
 
+_log = logging.getLogger("frameloom.compression")
+
 Loss = Callable[[Tensor, Tensor], Tensor]
 
-KEEP_EVERY = 30.0  # seconds between two saves of a fit's state
+KEEP_EVERY = 15.0  # seconds between two saves of a fit's state
 
 LOSSES: dict[str, Loss] = {
     "l2": F.mse_loss,
@@ -60,6 +63,8 @@ class State:
     def __post_init__(self) -> None:
         facts = read_facts(self.path) if self.resume else None
         if facts is None:
+            if self.resume:
+                _log.warning("--resume: there is no %s; the fit begins anew", self.path)
             return
         if facts.get("about") != self.about:
             raise InputError(

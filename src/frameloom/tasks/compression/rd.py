@@ -146,7 +146,7 @@ def page(points: Sequence[Point], clip: Clip) -> str:
         for method, value in against(points).items()
     ]
     # MS-SSIM in dB, since its last hundredth is where codecs differ.
-    plots = _plot(points, "PSNR, dB", [point.psnr for point in points]) + _plot(
+    plots = plot(points, "PSNR, dB", [point.psnr for point in points]) + plot(
         points, "MS-SSIM, dB: -10 log(1 - x)", [-10 * math.log10(max(1 - point.ms_ssim, 1e-6)) for point in points]
     )
     differences = ", ".join(said) or "nothing to compare"
@@ -154,7 +154,7 @@ def page(points: Sequence[Point], clip: Clip) -> str:
                         height=clip.info.height, plots=plots, differences=differences)  # fmt: skip
 
 
-def _plot(points: Sequence[Point], label: str, heights: Sequence[float]) -> str:
+def plot(points: Sequence[Point], label: str, heights: Sequence[float]) -> str:
     """Curves over the logarithm of bits a pixel, as SVG."""
     left, right, top, bottom = 55, 470, 15, 300
     across = [math.log2(point.bits_per_pixel) for point in points]
@@ -185,4 +185,5 @@ def _plot(points: Sequence[Point], label: str, heights: Sequence[float]) -> str:
         marks += [f'<circle cx="{x:.1f}" cy="{y:.1f}" r="3" fill="{colour}"/>' for x, y in curve]
         marks.append(f'<text x="{left + 90 + 75 * (number % 5)}" y="{bottom + 36 + 16 * (number // 5)}" '
                      f'fill="{colour}">{method}</text>')  # fmt: skip
-    return f'<svg viewBox="0 0 480 360">{"".join(marks)}</svg>'
+    head = '<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 480 360" font-family="sans-serif" font-size="12">'
+    return f"{head}{''.join(marks)}</svg>"
