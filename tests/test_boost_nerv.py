@@ -1,6 +1,9 @@
 """Boosted NeRV: published sizes, what the time does, the loss, Adan, and a file that costs what the fit thought."""
 
 import math
+import os
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -13,7 +16,7 @@ from frameloom.tasks.compression.base import compress, decompress, describe
 from frameloom.tasks.compression.boost_nerv import FULL, Adan, BoostNeRV, Rated, boosted_loss
 from frameloom.tasks.compression.hnerv import HNeRV
 from frameloom.tasks.compression.nerv import Config, Learner, of_size
-from test_hnerv import moving
+from test_hnerv import DECODE, moving
 
 SMALL = Config(height=16, width=32, frames=6, strides=(2, 2, 2), channels=8, lowest=6, embedding=4, kernels=(1, 3),
                doubled=2, sine=True, time=(8, 4))  # fmt: skip
@@ -214,3 +217,11 @@ def test_mutated_files_decode_or_are_refused(fitted):
         except InputError:
             refused += 1
     assert refused > 20
+
+
+def test_a_fresh_process_decodes_the_same_bytes(tmp_path, fitted):
+    (tmp_path / "clip.flm").write_bytes(fitted)
+    here = decompress(fitted).bytes_tensor()
+    arguments = [sys.executable, "-c", DECODE, str(tmp_path / "clip.flm"), str(tmp_path / "frames.pt"), "5", "2"]
+    subprocess.run(arguments, check=True, cwd=tmp_path, env=os.environ | {"OMP_NUM_THREADS": "2"})
+    assert torch.equal(torch.load(tmp_path / "frames.pt", weights_only=True), here[[5, 2]])
