@@ -322,8 +322,12 @@ def verbs_table() -> str:
 def fill(text: str, tables: dict[str, str]) -> str:
     """Put tables between the markers <!-- name --> and <!-- /name -->."""
     for name, table in tables.items():
-        pattern = rf"(<!-- {name} -->\n).*?(\n<!-- /{name} -->)"
-        text = re.sub(pattern, lambda match, table=table: match[1] + table + match[2], text, flags=re.DOTALL)
+        pattern = rf"(<!-- {name} -->\n).*?(<!-- /{name} -->)"
+        text, found = re.subn(
+            pattern, lambda match, table=table: f"{match[1]}{table}\n{match[2]}", text, flags=re.DOTALL
+        )
+        if not found:
+            raise SystemExit(f"the README has no place for the table of {name}")
     return text
 
 

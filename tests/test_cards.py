@@ -103,6 +103,13 @@ def test_damaged_weights_are_one_line(tmp_path, damage):
         load("vfimamba", tmp_path)
 
 
+def test_the_readme_lists_every_method_and_every_claim_that_was_run():
+    text = (Path(__file__).parents[1] / "README.md").read_text()
+    for one in cards().values():
+        assert f"`{one.id}`" in text
+        assert not one.result or one.result["summary"] in text
+
+
 def test_every_verb_has_one_method_for_auto():
     for verb in {found.verb for found in cards().values()}:
         own = [found for found in cards().values() if found.verb == verb and found.auto]
