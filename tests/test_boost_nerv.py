@@ -225,3 +225,12 @@ def test_a_fresh_process_decodes_the_same_bytes(tmp_path, fitted):
     arguments = [sys.executable, "-c", DECODE, str(tmp_path / "clip.flm"), str(tmp_path / "frames.pt"), "5", "2"]
     subprocess.run(arguments, check=True, cwd=tmp_path, env=os.environ | {"OMP_NUM_THREADS": "2"})
     assert torch.equal(torch.load(tmp_path / "frames.pt", weights_only=True), here[[5, 2]])
+
+
+def test_fewer_levels_are_fewer_bytes_and_the_file_holds_just_those():
+    network, header = untrained(), describe(moving(), "boost-nerv", {})
+    files = {levels: network.to_bytes(header, levels=levels) for levels in (256, 64, 16)}
+    assert len(files[256]) > len(files[64]) > len(files[16])
+    for levels, data in files.items():
+        back, kept = BoostNeRV.from_container(parse(data)).state_dict(), network.as_stored(levels)
+        assert all(torch.equal(back[name], kept[name]) for name in kept)

@@ -638,3 +638,20 @@ def test_a_segment_of_another_video_is_refused():
         bad = Container(replace(header, config={"frames": lengths}), parts).to_bytes()
         with pytest.raises(InputError, match="the header is damaged"):
             list(decompress(bad))
+
+
+def test_every_step_draws_its_own_chance_whatever_came_before():
+    def drawn(steps: int, disturb: bool) -> list[float]:
+        layer, seen = torch.nn.Linear(1, 1), []
+
+        def loss_at(step: int) -> torch.Tensor:
+            seen.append(torch.rand(1).item())
+            if disturb:
+                torch.rand(step)
+            return layer.weight.square().sum()
+
+        fit_module.descend(layer, [torch.optim.SGD(layer.parameters(), 0.1)], loss_at, steps=steps, seed=3)
+        return seen
+
+    assert len(set(drawn(5, False))) == 5
+    assert drawn(5, True) == drawn(5, False)
