@@ -155,3 +155,12 @@ def test_mutated_streams_end_in_values_or_in_an_error():
             broken[chance.randrange(len(broken))] = chance.randrange(256)
         with contextlib.suppress(InputError):
             assert GAUSSIANS.get(Decoder(bytes(broken)), means, scales).shape == values.shape
+
+
+def test_both_tails_of_a_learned_density_are_priced_alike():
+    prior = FactorisedPrior(1, steps=1)
+    with torch.no_grad():
+        prior.stretch.zero_()
+        prior.shift.zero_()
+        low, high = prior.bits(torch.tensor([[-22.0]]), 1e-12), prior.bits(torch.tensor([[22.0]]), 1e-12)
+    torch.testing.assert_close(high, low, rtol=1e-4, atol=0)
