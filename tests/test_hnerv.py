@@ -655,3 +655,12 @@ def test_every_step_draws_its_own_chance_whatever_came_before():
 
     assert len(set(drawn(5, False))) == 5
     assert drawn(5, True) == drawn(5, False)
+
+
+def test_bits_that_a_fit_does_not_see_are_said(caplog):
+    deep = moving(2)
+    deep.source.info = replace(deep.info, colour=replace(deep.info.colour, depth=10))
+    HNeRV.encode(deep, size=20_000, strides=(2, 2, 2), epochs=1)
+    assert "clip has 10 bits; the fit sees 8" in caplog.text
+    HNeRV.encode(moving(2), size=20_000, strides=(2, 2, 2), epochs=1)
+    assert caplog.text.count("bits; the fit sees") == 1

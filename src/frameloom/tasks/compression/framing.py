@@ -17,7 +17,13 @@ log = logging.getLogger("frameloom.compression")
 
 
 def load_pictures(clip: Clip) -> UInt8[Tensor, "t 3 h w"]:
-    """The whole clip in memory, 8 bit. Raises InputError when its frames are not all of one size."""
+    """The whole clip in memory, 8 bit, which is said of clips that have more.
+
+    Raises InputError when its frames are not all of one size.
+    """
+    if clip.info.colour.depth > 8:
+        depth = clip.info.colour.depth
+        log.warning("%s has %d bits; the fit sees 8", clip.info.name, depth)
     pictures = []
     for number, frame in enumerate(clip):
         pictures.append((frame.rgb * 255).round().to(torch.uint8))
