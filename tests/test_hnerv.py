@@ -15,7 +15,7 @@ import torch.nn.functional as F
 
 from frameloom.bitstream.container import Container, parse
 from frameloom.cards import card
-from frameloom.errors import InputError
+from frameloom.errors import InputError, Interrupted
 from frameloom.metrics import psnr
 from frameloom.tasks.compression import fit as fit_module
 from frameloom.tasks.compression import segments
@@ -615,6 +615,8 @@ def test_a_kill_loses_no_finished_segment(tmp_path, monkeypatch):
     with pytest.raises(RuntimeError, match="killed"):
         compress(moving(), tmp_path / "out.flm", **settings, progress=kill)
     assert len(calls) == 5
+    with pytest.raises(InputError, match=r"--resume: .* is of another video or"):
+        compress(moving(), tmp_path / "out.flm", **settings | {"segment": 4}, resume=True)
     compress(moving(), tmp_path / "out.flm", **settings, resume=True, progress=lambda *call: calls.append(call))
     assert len(calls) == 7
     assert (tmp_path / "out.flm").read_bytes() == (tmp_path / "whole.flm").read_bytes()
@@ -664,3 +666,16 @@ def test_bits_that_a_fit_does_not_see_are_said(caplog):
     assert "clip has 10 bits; the fit sees 8" in caplog.text
     HNeRV.encode(moving(2), size=20_000, strides=(2, 2, 2), epochs=1)
     assert caplog.text.count("bits; the fit sees") == 1
+
+
+def test_a_stopped_fit_promises_a_resume_only_where_a_state_was_kept(tmp_path, monkeypatch):
+    def stop(label, done, total):
+        if done == 3:
+            raise KeyboardInterrupt
+
+    settings = {"method": "hnerv", "strides": (2, 2, 2), "epochs": 2, "progress": stop}
+    with pytest.raises(Interrupted, match="stopped; nothing was written"):
+        compress(moving(), tmp_path / "out.flm", **settings)
+    monkeypatch.setattr(fit_module, "KEEP_EVERY", 0.0)
+    with pytest.raises(Interrupted, match="--resume goes on from"):
+        compress(moving(), tmp_path / "out.flm", **settings)

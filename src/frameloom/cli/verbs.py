@@ -360,8 +360,8 @@ def rd(
 
     terminal.listen()
     clip = read(input, stream=stream, range=range, rate=rate, deinterlace=deinterlace, keep_readable=keep_readable)
-    if output.suffix != ".html":
-        raise InputError(f"{output}: the page is an .html file")
+    if output.suffix != ".html" or not output.parent.is_dir():
+        raise InputError(f"{output}: the page is an .html file in a folder that is there")
     terminal.say(terminal.describe(clip, Path(input).name))
     names = methods.split(",") if methods else None
     with terminal.bar("steps") as progress:

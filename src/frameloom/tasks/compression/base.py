@@ -108,7 +108,7 @@ def compress(
     codec, given = codec_and_settings(method, settings | {"quality": quality})
     state = None
     if "state" in introspection.signature(codec.encode).parameters:
-        about = f"{method} {size} {seed} {sorted(given.items())} {clip.source.fingerprint()}"
+        about = f"{method} {size} {segment} {seed} {sorted(given.items())} {clip.source.fingerprint()}"
         given["state"] = state = State(path.with_name(f".{path.name}.state"), about, resume)
     elif resume:
         raise InputError(f"--resume: {method} keeps nothing to go on with; it begins anew in a moment")

@@ -170,7 +170,7 @@ def descend(
 
 
 def _stopped(state: State | None) -> str:
-    if state is None:
+    if state is None or not state.path.is_file():
         return "stopped; nothing was written"
     return f"stopped; the same command with --resume goes on from {state.path}"
 
