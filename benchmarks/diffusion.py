@@ -18,8 +18,8 @@ from statistics import median
 
 import torch
 
-from frameloom.diffusion.memory import peak as tensors_alive
 from frameloom.diffusion.pipeline import Pipeline, load_pipeline
+from frameloom.memory import peak as tensors_alive
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 from tiny_pipelines import MAKERS, run_ours, run_theirs, saved, start

@@ -15,8 +15,8 @@ from typer.testing import CliRunner
 
 import frameloom
 from frameloom.cli.app import app
-from frameloom.diffusion.memory import peak
 from frameloom.errors import InputError
+from frameloom.memory import peak
 from frameloom.motion.correlation import CorrPyramid, LazyCorr
 from frameloom.motion.flowio import encode_flow, read_flow
 from frameloom.motion.raft import Affinity, Aggregate, sequence_loss

@@ -24,7 +24,6 @@ from frameloom.diffusion.cond import Cond
 from frameloom.diffusion.generator import fitted, open_generator, seeded
 from frameloom.diffusion.guide import Joint
 from frameloom.diffusion.hooks import install
-from frameloom.diffusion.memory import peak, weight_bytes
 from frameloom.diffusion.noise import gaussian_filter, low_pass, shuffled_windows
 from frameloom.diffusion.paths import VP, Flow
 from frameloom.diffusion.plans import chunks, diagonal, prefix, staircase, together
@@ -34,6 +33,7 @@ from frameloom.diffusion.slicing import Statistics, sliced, spans
 from frameloom.diffusion.step import Universal
 from frameloom.errors import InputError
 from frameloom.language.words import Words
+from frameloom.memory import peak, weight_bytes
 from frameloom.progress import silent
 from frameloom.tasks.generation.base import GeneratedSource, settle
 from frameloom.tasks.generation.models import bases, stiv
@@ -579,7 +579,7 @@ def test_more_frames_than_memory_holds_are_refused_with_the_number_that_fits(mod
 
     request = settle(model, BALL, frames=100, steps=2)
     took = activations(model, request, 8)
-    monkeypatch.setattr("frameloom.diffusion.memory.available", lambda: 5 * took)
+    monkeypatch.setattr("frameloom.memory.available", lambda: 5 * took)
     for strategy in (Direct(), FreeNoise()):
         with pytest.raises(InputError, match=r"--frames 100: takes about .* 40 frames fit, and --method ouroboros"):
             strategy.check(model, request)

@@ -5,7 +5,7 @@ import torch
 from frameloom.claims.base import Result
 from frameloom.claims.generation import captions, shown, through
 from frameloom.diffusion.generator import open_generator
-from frameloom.diffusion.memory import peak
+from frameloom.memory import peak
 from frameloom.progress import Progress, silent
 from frameloom.tasks.generation.base import settle
 from frameloom.tasks.generation.strategies.fifo import FIFO

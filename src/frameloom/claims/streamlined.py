@@ -7,8 +7,8 @@ import torch
 from frameloom.claims.base import Result
 from frameloom.claims.generation import captions, through
 from frameloom.diffusion.generator import open_generator, seeded
-from frameloom.diffusion.memory import peak
 from frameloom.diffusion.slicing import sliced
+from frameloom.memory import peak
 from frameloom.metrics import psnr_of_mean
 from frameloom.progress import Progress
 from frameloom.tasks.generation.strategies.direct import Direct

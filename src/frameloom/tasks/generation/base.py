@@ -15,14 +15,14 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from frameloom import memory
 from frameloom.cards import card, chosen
-from frameloom.diffusion import memory
 from frameloom.diffusion.cond import Cond
 from frameloom.diffusion.generator import Generator, check_words, fitted, open_generator, seeded
 from frameloom.diffusion.guide import Guide, Unguided
-from frameloom.diffusion.memory import PeakMemory
 from frameloom.diffusion.step import Step, step
 from frameloom.errors import InputError
+from frameloom.memory import PeakMemory
 from frameloom.progress import Progress, silent
 from frameloom.video.clip import Clip, Frame, Info, Source
 from frameloom.video.colour import BT709, Colour

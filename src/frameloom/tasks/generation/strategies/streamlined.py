@@ -27,9 +27,9 @@ from torch import Tensor, nn
 from frameloom.diffusion.context import current
 from frameloom.diffusion.generator import Generator
 from frameloom.diffusion.hooks import patched
-from frameloom.diffusion.memory import weight_bytes
 from frameloom.diffusion.slicing import sliced
 from frameloom.errors import InputError
+from frameloom.memory import weight_bytes
 from frameloom.progress import Progress
 from frameloom.tasks.generation.base import Request, activations
 from frameloom.tasks.generation.strategies.direct import whole

@@ -21,17 +21,22 @@ class PeakMemory(TorchDispatchMode):
         super().__init__()
         self.alive, self.most = 0, 0
         self._known: dict[int, weakref.finalize] = {}
+        self._older: dict[int, weakref.finalize] = {}
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        # A view or an update of a tensor from before is no new memory: its storage came in with the arguments.
+        for storage in _storages((args, kwargs)):
+            key = storage._cdata
+            if key not in self._known and key not in self._older:
+                self._older[key] = weakref.finalize(storage, self._older.pop, key, None)
         made = function(*args, **(kwargs or {}))
-        for tensor in tree_leaves(made):
-            if isinstance(tensor, torch.Tensor):
-                self._note(tensor.untyped_storage())
+        for storage in _storages(made):
+            self._note(storage)
         return made
 
     def _note(self, storage: torch.UntypedStorage) -> None:
         key = storage._cdata
-        if key in self._known:
+        if key in self._known or key in self._older:
             return
         size = storage.nbytes()
         self._known[key] = weakref.finalize(storage, self._gone, key, size)
@@ -41,6 +46,15 @@ class PeakMemory(TorchDispatchMode):
     def _gone(self, key: int, size: int) -> None:
         del self._known[key]
         self.alive -= size
+
+
+def _storages(tree: object) -> list[torch.UntypedStorage]:
+    plain = [leaf for leaf in tree_leaves(tree) if isinstance(leaf, torch.Tensor) and type(leaf) in _PLAIN]
+    return [tensor.untyped_storage() for tensor in plain]
+
+
+# Wrapper tensors (DTensor and its like) have no storage of their own; what they wrap passes by itself.
+_PLAIN = (torch.Tensor, torch.nn.Parameter)
 
 
 def peak(call: Callable[[], object]) -> int:
