@@ -23,7 +23,7 @@ WAYS = st.one_of(
 )
 
 
-@settings(max_examples=60)
+@settings(max_examples=60, deadline=None)
 @given(WAYS)
 def test_every_schedule_is_whole_and_can_be_walked_and_takes_what_the_closed_form_says(way):
     name, p, m, v = way

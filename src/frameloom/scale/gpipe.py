@@ -48,9 +48,9 @@ class Stage(nn.Module):
         self.random = any(isinstance(one, nn.Dropout) and one.p for one in self.modules())
         self.begin(0)
 
-    def begin(self, seed: int) -> None:
-        """A new step begins; `seed` is what its random numbers hang on."""
-        self.seed, self.unit = seed, 0
+    def begin(self, seed: int, first: int = 0) -> None:
+        """A new step begins; its random numbers hang on `seed` and on the micro-batches' numbers, from `first` on."""
+        self.seed, self.unit, self.offset = seed, 0, first
 
     @contextmanager
     def trial(self) -> Iterator[None]:
@@ -94,7 +94,7 @@ class Stage(nn.Module):
             yield
             return
         with torch.random.fork_rng():
-            torch.manual_seed((self.seed * 1_000_003 + unit) * 1_009 + number)
+            torch.manual_seed((self.seed * 1_000_003 + self.offset + unit) * 1_009 + number)
             yield
 
 
@@ -140,7 +140,7 @@ class Pipeline:
         # The loss is what the last block returns; torch wants a target to hand to its loss function.
         ends = {"target": torch.zeros(self.m, device=self.device), "losses": losses} if self.last else {}
         for stage in self.stages:
-            stage.begin(seed)
+            stage.begin(seed, self.copies.rank() * self.m)  # copies draw other numbers than each other
         self._schedule(carry, given).step(*inputs, **ends, **given, return_outputs=False)
         loss = torch.zeros((), dtype=torch.float64, device=self.device)
         if self.last:

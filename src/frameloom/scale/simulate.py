@@ -99,6 +99,12 @@ class _Sleep(torch.autograd.Function):
         return gradient, None, None
 
 
+def sleep_table(rank: int, p: int, ways: Sequence[tuple[int, str, int]], forward: float, backward: float,
+                steps: int = 3) -> list[float]:  # fmt: skip
+    """`sleep_steps` for several (m, schedule, v), one after the other."""
+    return [sleep_steps(rank, p, m, name, v, forward, backward, steps) for m, name, v in ways]
+
+
 def sleep_steps(rank: int, p: int, m: int, name: str, v: int, forward: float, backward: float, steps: int) -> float:
     """The median seconds of a step of sleeping stages on `p` real ranks; to be run by `frameloom.scale.ranks.local`."""
     from torch.distributed.pipelining import PipelineStage
