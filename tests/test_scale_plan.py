@@ -84,7 +84,8 @@ def test_the_paper_size_of_the_toolkits_model_is_planned_by_its_own_blocks():
     assert len(blocks) == 48  # 46 blocks and the two ends
     assert heads == 48
     assert sum(block.parameters for block in blocks) == pytest.approx(8.85e9, rel=0.01)
-    assert plans(blocks, heads, batch, 64, DEVICES["h100"], most=1)[0].t > 1
+    # 18 bytes of 8.85 billion parameters are twice an H100: a copy takes two or more of them.
+    assert all(one.p * one.t >= 2 for one in plans(blocks, heads, batch, 64, DEVICES["h100"], most=1))
     assert steps == 400_000
 
 

@@ -80,8 +80,14 @@ def alone(parts: int, kind: torch.dtype) -> dict[str, Tensor]:
     return {name: value.grad / parts for name, value in model.named_parameters()}
 
 
-def spread(rank: int, text: str, kind: torch.dtype) -> float:
-    """The largest relative error of this rank's gradients against `alone`; 0 where they are equal bit for bit."""
+def spread(rank: int, words: list[str], kind: torch.dtype) -> list[float]:
+    """The largest relative error of this rank's gradients against `alone`, spread in each of several ways; 0 where
+    they are equal bit for bit.
+    """
+    return [_error(text, kind) for text in words]
+
+
+def _error(text: str, kind: torch.dtype) -> float:
     parallel = parse(text)
     mesh = join(parallel, "cpu")
     model, carry, given = rows(kind)
@@ -144,40 +150,37 @@ def selftest(ranks: int = 2, progress: Progress = silent) -> list[Check]:
     near = ["tp=2,microbatches=2", "dp=2,microbatches=2"] if ranks == 2 else ["pp=2,tp=2,microbatches=2",
             "pp=2,dp=2,microbatches=2", "tp=2,dp=2,microbatches=2"]  # fmt: skip
     found: list[Check] = []
-    total = 2 + len(exact) + len(near)
 
-    def add(name: str, work: Callable[[], tuple[bool, str]]) -> None:
+    def add(names: list[str], work: Callable[[], list[tuple[bool, str]]]) -> None:
         try:
-            good, seen = work()
+            made = work()
         except RankFailed as error:
-            good, seen = False, str(error).splitlines()[0]
-        found.append(Check(name, good, seen))
-        progress("checks", len(found), total)
+            made = [(False, str(error).splitlines()[0])] * len(names)
+        found.extend(Check(name, good, seen) for name, (good, seen) in zip(names, made, strict=True))
+        progress("checks", len(found), 2 + len(exact) + len(near))
 
-    def all_right() -> tuple[bool, str]:
+    def all_right() -> list[tuple[bool, str]]:
         wrong = sorted({name for names in local(collectives, ranks, timeout=60.0) for name in names})
-        return not wrong, f"wrong: {', '.join(wrong)}" if wrong else "all as they must be"
+        return [(not wrong, f"wrong: {', '.join(wrong)}" if wrong else "all as they must be")]
 
-    def equal(text: str) -> tuple[bool, str]:
-        worst = max(local(spread, ranks, text, torch.float32, timeout=60.0))
-        return worst == 0, "bit for bit" if worst == 0 else f"differs by {worst:.1e}"
+    def equal() -> list[tuple[bool, str]]:
+        errors = zip(*local(spread, ranks, exact, torch.float32), strict=True)
+        return [(max(one) == 0, "bit for bit" if max(one) == 0 else f"differs by {max(one):.1e}") for one in errors]
 
-    def close(text: str) -> tuple[bool, str]:
-        worst = max(local(spread, ranks, text, torch.float64, timeout=60.0))
-        return worst < 1e-11, f"within {worst:.0e} in double precision (bound 1e-11)"
+    def close() -> list[tuple[bool, str]]:
+        errors = zip(*local(spread, ranks, near, torch.float64), strict=True)
+        return [(max(one) < 1e-11, f"within {max(one):.0e} in double precision (bound 1e-11)") for one in errors]
 
-    def pace() -> tuple[bool, str]:
+    def pace() -> list[tuple[bool, str]]:
         overhead = calibrate(ranks)
         took = max(local(sleep_steps, ranks, ranks, 8, "1f1b", 1, 0.02, 0.04, 3))
         said = simulate(schedule("1f1b", ranks, 8), Costs(0.02, 0.04, overhead=overhead)).length
         # Another program's burst slows real steps down and says nothing about the set-up: half as much again passes.
-        return took < 1.5 * said, (f"{1e3 * took:.0f} ms a step, simulated {1e3 * said:.0f} ms with "
-                                   f"{1e3 * overhead:.2f} ms an action")  # fmt: skip
+        return [(took < 1.5 * said, f"{1e3 * took:.0f} ms a step, simulated {1e3 * said:.0f} ms with "
+                                    f"{1e3 * overhead:.2f} ms an action")]  # fmt: skip
 
-    add(f"collectives on {ranks} ranks", all_right)
-    for text in exact:
-        add(text, lambda text=text: equal(text))
-    for text in near:
-        add(text, lambda text=text: close(text))
-    add("pace of a pipeline", pace)
+    add([f"collectives on {ranks} ranks"], all_right)
+    add(exact, equal)
+    add(near, close)
+    add(["pace of a pipeline"], pace)
     return found
