@@ -122,6 +122,29 @@ def test_what_is_computed_again_draws_the_same_numbers(remat):
     assert any(value.any() for value in gradients[0])
 
 
+def test_dropout_hangs_on_step_and_microbatch_and_not_on_where_a_block_lives():
+    blocks, x = _blocks(2, 8, dropout=0.5), torch.ones(3, 8)
+    whole, first, second = (
+        Stage(blocks, 0, "never", 2),
+        Stage(blocks[:1], 0, "never", 2),
+        Stage(blocks[1:], 1, "never", 2),
+    )
+
+    def run(step: int) -> list[torch.Tensor]:
+        for stage in (whole, first, second):
+            stage.begin(step)
+        made = []
+        for _ in range(2):
+            made.append(whole(x))
+            assert torch.equal(second(first(x)), made[-1])
+        return made
+
+    (one, two), (three, _), (again, _) = run(0), run(1), run(0)
+    assert torch.equal(one, again)
+    assert not torch.equal(one, two)
+    assert not torch.equal(one, three)
+
+
 def test_rematerialisation_keeps_what_a_stage_was_given_and_little_else():
     def held(remat: str) -> int:
         stage = Stage(_blocks(8, 32), 0, remat, m=4)
