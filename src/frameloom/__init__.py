@@ -27,6 +27,7 @@ _HOMES = {
     "live": "frameloom.tasks.editing",
     "load": "frameloom.training.pretrained",
     "predict": "frameloom.tasks.generation",
+    "quantize": "frameloom.scale.qmoe",
     "read": "frameloom.video.reader",
     "stabilize": "frameloom.tasks.stabilization",
     "train": "frameloom.training.loop",
