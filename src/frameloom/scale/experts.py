@@ -120,12 +120,16 @@ def shapes(module: nn.Module) -> tuple[int, tuple[int, int], tuple[int, int]]:
 
 
 def skeleton(config: Any, host: Host) -> nn.Module:
-    """The model without its parameters (they are on the meta device), in evaluation mode."""
+    """The model without its parameters (they are on the meta device and take no memory), in evaluation mode."""
     import transformers
-    from accelerate import init_empty_weights
 
-    with init_empty_weights(include_buffers=False):
-        return getattr(transformers, host.model)(config).eval()
+    with torch.device("meta"):
+        model = getattr(transformers, host.model)(config).eval()
+    # Tables of positions are in no checkpoint: their modules are made again, for real.
+    for name, module in list(model.named_modules()):
+        if any(value.is_meta for value in module.buffers(recurse=False)):
+            model.set_submodule(name, type(module)(config))
+    return model
 
 
 def read_config(folder: Path) -> dict[str, Any]:

@@ -134,7 +134,8 @@ def quantize(
         for path in layers:
             network.set_submodule(path, _Recorder())
         checkpoint.fill(network, host)
-        network.bfloat16().float()  # what is calibrated is what will be loaded
+        for value in network.parameters():
+            value.data = value.data.bfloat16().float()  # what is calibrated is what will be loaded
         save_dense(network, draft)
         work = _Work(checkpoint, host, host.between(network.config), draft, report, bits, pack, group, damping,
                      layers, progress)  # fmt: skip
