@@ -1,5 +1,6 @@
 """Compressing mixtures of experts: GPTQ, the stream through a model, the folder, and the way back."""
 
+import hashlib
 import json
 import logging
 import shutil
@@ -325,6 +326,7 @@ def test_a_damaged_folder_is_one_line(folders, tmp_path):
     for change, what in (
         ({"method": "other"}, "no model with compressed experts"),
         ({"version": 9}, "is of version 9"),
+        ({"dictionary": 3}, "another dictionary"),
         ({"dictionary": note["dictionary"] | {"zero": 0.9, "sha256": "0" * 64}}, "another dictionary .*p\\(0\\) = 0.9"),
         ({"files": {"../x.safetensors": "0", "dense.safetensors": "0"}}, "holds no ../x.safetensors"),
         ({"files": note["files"] | {"dense.safetensors": "0"}}, "another SHA-256"),
@@ -338,6 +340,13 @@ def test_a_damaged_folder_is_one_line(folders, tmp_path):
         assert "\n" not in str(caught.value)
     (made / "config.json").write_text(text)
     load(made)
+    name = "model.layers.0.mlp.experts.expert_0.wi.row_off"
+    values = load_file(made / "experts-00-00.safetensors")
+    save_file(values | {name: values[name].long()}, made / "experts-00-00.safetensors")
+    digest = hashlib.sha256((made / "experts-00-00.safetensors").read_bytes()).hexdigest()
+    with_note(files=note["files"] | {"experts-00-00.safetensors": digest})
+    with pytest.raises(InputError, match=r"expert_0: row_off is torch.int64 .*torch.int32 in one dimension"):
+        load(made)
 
 
 def test_texts_are_read_with_the_models_tokenizer(folders, tmp_path):
@@ -347,7 +356,10 @@ def test_texts_are_read_with_the_models_tokenizer(folders, tmp_path):
     assert [len(row.ids) for row in rows] == [5, 5]
     assert all(row.target is not None for row in read("world", folders["switch"], 3, seq2seq=True))
     save_file({"input_ids": torch.tensor([[5, 6, -100], [7, 8, 9]])}, tmp_path / "t.safetensors")
-    assert [row.ids.tolist() for row in read(tmp_path / "t.safetensors", tmp_path, 9, seq2seq=False)] == [[5, 6], [7, 8, 9]]
+    assert [row.ids.tolist() for row in read(tmp_path / "t.safetensors", tmp_path, 9, seq2seq=False)] == [
+        [5, 6],
+        [7, 8, 9],
+    ]
     with pytest.raises(InputError, match="holds no tokenizer that reads text"):
         read(path, tmp_path, 9, seq2seq=False)
 

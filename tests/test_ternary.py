@@ -1,5 +1,7 @@
 """The code of ternary weights: exact for every width and density, as small as published, and multiplied as it is."""
 
+from itertools import pairwise
+
 import numpy as np
 import pytest
 import torch
@@ -9,7 +11,7 @@ from hypothesis import strategies as st
 from frameloom.errors import InputError
 from frameloom.scale import ternary
 from frameloom.scale.packed import restored, stored
-from frameloom.scale.ternary import TernaryLinear, check, decode, dictionary, encode, levels, multiply, quantise
+from frameloom.scale.ternary import TernaryLinear, check, decode, dense, dictionary, encode, levels, multiply, quantise
 
 
 def independent(height: int, width: int, zero: float, seed: int = 0) -> torch.Tensor:
@@ -51,7 +53,7 @@ def test_the_dictionary_is_the_published_one():
             weight *= single[first] * single[second]
         order.append(weight)
     assert order[-1] == pytest.approx(1.145e-5, rel=1e-3)
-    assert all(after <= before * (1 + 1e-12) for before, after in zip(order, order[1:], strict=False))
+    assert all(after <= before * (1 + 1e-12) for before, after in pairwise(order))
 
 
 def test_every_prefix_of_an_entry_is_an_entry():
@@ -63,7 +65,7 @@ def test_every_prefix_of_an_entry_is_an_entry():
 def test_the_size_is_the_published_one_at_every_density():
     golden = {0.70: 1.697, 0.80: 1.123, 0.85: 0.873, 0.885: 0.743, 0.90: 0.690, 0.95: 0.595}
     for zero, bits in golden.items():
-        words, offsets = encode(independent(256, 2080, zero))
+        words, _ = encode(independent(256, 2080, zero))
         assert 16 * len(words) / (256 * 2080) == pytest.approx(bits, rel=0.012)
     layer = TernaryLinear(*encode(independent(64, 2080, 0.885)), torch.tensor([[-1.0, 1.0]]).expand(64, 2), 2080)
     assert layer.bits == 16 * len(layer.w_comp) / (64 * 2080) + (32 * 65 + 32 * 64) / (64 * 2080) < 0.80
@@ -85,6 +87,7 @@ def test_the_product_from_the_code_is_that_of_the_matrix(height, width, batch, z
     trits = independent(height, width, zero, seed)
     rows = torch.stack([-torch.rand(height), torch.rand(height)], 1)
     x = torch.randn(batch, width)
+    assert torch.equal(dense(*encode(trits), rows, width), ternary.spread(trits, rows))
     exact = x.double() @ ternary.spread(trits, rows).double().t()
     assert torch.allclose(multiply(x, *encode(trits), rows).double(), exact, atol=1e-5)
 

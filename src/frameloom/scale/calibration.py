@@ -23,8 +23,8 @@ class Sample:
     Attributes:
         ids: tokens of the first stack.
         target: tokens that the second stack says, for a model of two.
-        shown, said: which positions of `ids`, and of `target`, count as calibration; all if None. Positions of sentinels
-            carry no content, and there are many of them.
+        shown, said: which positions of `ids`, and of `target`, count as calibration; all if None. Positions of
+            sentinels carry no content, and there are many of them.
     """
 
     ids: Int64[Tensor, "n"]

@@ -209,7 +209,9 @@ def assign(model: nn.Module, values: dict[str, Tensor], folder: Path) -> None:
     model.tie_weights()
     empty = [name for name, value in model.named_parameters() if value.is_meta]
     if empty:
-        raise InputError(f"{folder}: the weights lack {empty[0]}" + (f" and {len(empty) - 1} more" if empty[1:] else ""))
+        raise InputError(
+            f"{folder}: the weights lack {empty[0]}" + (f" and {len(empty) - 1} more" if empty[1:] else "")
+        )
     model.requires_grad_(False)
 
 

@@ -90,8 +90,15 @@ def stored(symbols: Int8[Tensor, "h k"], rows: Float[Tensor, "h 2"], bits: str, 
     return dict(linear_of(symbols, rows, bits).named_buffers())
 
 
+_KINDS = {"w_comp": torch.int16, "row_off": torch.int32, "ter_minmax": torch.bfloat16, "packed": torch.uint8,
+          "grid": torch.bfloat16, "ranged": torch.uint8, "rows": torch.bfloat16}  # fmt: skip
+
+
 def restored(state: dict[str, Tensor], shape: tuple[int, int], bits: str) -> nn.Module:
     """The layer whose matrix `stored` kept; InputError for tensors of another matrix, or damaged ones."""
+    for name, value in state.items():
+        if value.dtype != _KINDS[name] or value.ndim != 1:
+            raise InputError(f"{name} is {value.dtype} {tuple(value.shape)}; {_KINDS[name]} in one dimension is right")
     try:
         if "ranged" in state:
             flat = unpack_symbols(state["ranged"].numpy().tobytes(), shape[0] * shape[1], GRIDS[bits].symbols)
@@ -196,8 +203,7 @@ def load(folder: str | Path, *, dtype: torch.dtype = torch.float32, decoded: int
 
 def _under(values: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
     """The tensors of one matrix, by their last names."""
-    names = ("w_comp", "row_off", "ter_minmax", "packed", "grid", "ranged", "rows")
-    return {name: values[prefix + name] for name in names if prefix + name in values}
+    return {name: values[prefix + name] for name in _KINDS if prefix + name in values}
 
 
 def _note(folder: Path) -> dict[str, Any]:
@@ -207,10 +213,11 @@ def _note(folder: Path) -> dict[str, Any]:
     if note.get("version") != VERSION or note.get("bits") not in GRIDS:
         raise InputError(f"{folder}: is of version {note.get('version')}, {note.get('bits')} bits; "
                          f"version {VERSION} and {' or '.join(GRIDS)} can be read")  # fmt: skip
-    code, table = dictionary(), note.get("dictionary") or {}
-    if table.get("sha256") != code.checksum:
-        raise InputError(f"{folder}: is coded with another dictionary ({str(table.get('sha256'))[:12]}, p(0) = "
-                         f"{table.get('zero')}); only {code.checksum[:12]}, p(0) = {code.zero}, can be read")  # fmt: skip
+    code, table = dictionary(), note.get("dictionary")
+    theirs = table if isinstance(table, dict) else {}
+    if theirs.get("sha256") != code.checksum:
+        raise InputError(f"{folder}: is coded with another dictionary ({str(theirs.get('sha256'))[:12]}, p(0) = "
+                         f"{theirs.get('zero')}); {code.checksum[:12]}, p(0) = {code.zero}, can be read")  # fmt: skip
     return note
 
 

@@ -214,23 +214,28 @@ class _Work:
 
     def layer(self, path: str, tokens: _Tokens | None) -> None:
         count, number = self.layers[path][0], list(self.layers).index(path)
-        spread = GRIDS[self.bits].spread
         wrong, right = 0.0, 0.0
-        for begin in range(0, count, self.group):
+        for turn, begin in enumerate(range(0, count, self.group)):
             members = range(begin, min(begin + self.group, count))
-            wi, wo = (torch.stack(both) for both in zip(*(self.checkpoint.expert(self.host, path, one)
-                                                          for one in members), strict=True))  # fmt: skip
-            h_wi, h_wo = self._hessians(path, members, tokens, wi, wo) if tokens else (None, None)
-            found = {"wi": self._round(wi, h_wi, path, members), "wo": self._round(wo, h_wo, path, members)}
-            self._save(path, members, found, f"experts-{number:02d}-{begin // self.group:02d}.safetensors")
-            if tokens:
-                for index, one in enumerate(members):
-                    pair = [spread(symbols[index], rows[index]) for symbols, rows in found.values()]
-                    off, all_ = self._answer(tokens, one, (wi[index], wo[index]), pair)
-                    wrong, right = wrong + off, right + all_
+            off, all_ = self._compress(path, members, tokens, f"experts-{number:02d}-{turn:02d}.safetensors")
+            wrong, right = wrong + off, right + all_
             self.progress("experts", number * count + members[-1] + 1, len(self.layers) * count)
         if right:
             self.report.error.append(wrong / right)
+
+    def _compress(self, path: str, members: range, tokens: _Tokens | None, name: str) -> tuple[float, float]:
+        """One group; all that it needed is free when this returns."""
+        wi, wo = (torch.stack(both) for both in zip(*(self.checkpoint.expert(self.host, path, one)
+                                                      for one in members), strict=True))  # fmt: skip
+        h_wi, h_wo = self._hessians(path, members, tokens, wi, wo) if tokens else (None, None)
+        found = {"wi": self._round(wi, h_wi, path, members), "wo": self._round(wo, h_wo, path, members)}
+        self._save(path, members, found, name)
+        wrong, right = 0.0, 0.0
+        for index, one in enumerate(members if tokens else ()):
+            pair = [GRIDS[self.bits].spread(symbols[index], rows[index]) for symbols, rows in found.values()]
+            off, all_ = self._answer(tokens, one, (wi[index], wo[index]), pair)
+            wrong, right = wrong + off, right + all_
+        return wrong, right
 
     def _hessians(self, path: str, members: range, tokens: _Tokens, wi: Tensor, wo: Tensor) -> tuple[Tensor, Tensor]:
         first, second = (w.new_zeros(len(members), w.shape[2], w.shape[2]) for w in (wi, wo))

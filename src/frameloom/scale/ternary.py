@@ -23,7 +23,7 @@ from functools import cache
 import numpy as np
 import torch
 import torch.nn.functional as F
-from jaxtyping import Float, Int, Int8, Int16, Int32
+from jaxtyping import Float, Int8, Int16, Int32
 from torch import Tensor, nn
 
 from frameloom.errors import InputError
@@ -84,7 +84,9 @@ def dictionary(zero: float = 0.885, pairs: int = 14, size: int = 1 << 16) -> Dic
             for symbol in range(_PAIR):
                 heapq.heappush(heap, (weight * double[symbol], (*sequence, symbol)))
     if len(chosen) < size or not all((symbol,) in set(chosen[: 1 << 12]) for symbol in range(_PAIR)):
-        raise InputError(f"{size} entries of up to {pairs} pairs at p(0) = {zero} leave out a pair; try 0.885 and 65536")
+        raise InputError(
+            f"{size} entries of up to {pairs} pairs at p(0) = {zero} leave out a pair; try 0.885 and 65536"
+        )
     index = {sequence: number for number, sequence in enumerate(chosen)} | {(): size}
     lengths = np.array([2 * len(sequence) for sequence in chosen], np.int32)
     flat = np.zeros((size, pairs), np.int8)
@@ -150,6 +152,19 @@ def decode(words: Int16[Tensor, "n"], offsets: Int32[Tensor, "m"], width: int,
     at = (begin[:, None] + code.places.index_select(0, index)).view(-1)
     matrix.scatter_(0, at.long(), code.kinds.index_select(0, index).view(-1))
     return matrix.view(-1, even)[:, :width]
+
+
+def dense(words: Int16[Tensor, "n"], offsets: Int32[Tensor, "m"], levels: Float[Tensor, "h 2"], width: int,
+          code: Dictionary | None = None) -> Float[Tensor, "h w"]:  # fmt: skip
+    """The matrix with its levels in place, written in one go: faster than `spread(decode(...))`, and equal to it."""
+    code = code or dictionary()
+    height, even = len(offsets) - 1, width + width % 2
+    index, begin = _walk(words, code)
+    table = F.pad(levels, (1, 0)).view(-1)  # 0, lo, hi of every row
+    row = torch.repeat_interleave(torch.arange(0, 3 * height, 3, dtype=torch.int32), offsets.diff())
+    values = table.index_select(0, (row[:, None] + code.kinds.index_select(0, index)).view(-1))
+    at = (begin[:, None] + code.places.index_select(0, index)).view(-1)
+    return levels.new_zeros(height * even).scatter_(0, at.long(), values).view(height, even)[:, :width]
 
 
 def check(words: Int16[Tensor, "n"], offsets: Int32[Tensor, "m"], width: int, code: Dictionary | None = None) -> None:
@@ -252,7 +267,7 @@ class TernaryLinear(nn.Module):
 
     def dense(self) -> Float[Tensor, "h w"]:
         """The matrix, in float32."""
-        return spread(self.trits(), self.levels)
+        return dense(self.w_comp, self.row_off, self.levels, self.in_features)
 
     def forward(self, x: Float[Tensor, "*b w"]) -> Float[Tensor, "*b h"]:
         flat = multiply(x.reshape(-1, x.shape[-1]).float(), self.w_comp, self.row_off, self.levels)
