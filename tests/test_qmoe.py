@@ -21,7 +21,7 @@ from frameloom.scale import qmoe
 from frameloom.scale.calibration import Sample, hide_spans, read
 from frameloom.scale.experts import Checkpoint, experts_of, host_of
 from frameloom.scale.gptq import GRIDS, gptq, nearest
-from frameloom.scale.packed import load
+from frameloom.scale.packed import is_compressed, load
 
 VOCABULARY = 104
 SMALL = {"vocab_size": VOCABULARY, "num_hidden_layers": 2, "num_attention_heads": 2, "num_key_value_heads": 2,
@@ -166,6 +166,18 @@ def test_the_loaded_model_is_the_original_with_rounded_experts(folders, kind, tm
         assert torch.allclose(logits(model, sample), logits(plain, sample), atol=1e-5)
 
 
+def test_rounding_to_nearest_can_be_measured_too_and_errs_more(folders, tmp_path):
+    shown = samples(60)
+    plain = qmoe.quantize(folders["switch"], tmp_path / "plain", "rtn", calib=shown)
+    near = qmoe.quantize(folders["switch"], tmp_path / "near", "rtn", calib=shown, samples=50, held_out=10)
+    best = qmoe.quantize(folders["switch"], tmp_path / "best", calib=shown, samples=50, held_out=10)
+    files = [json.loads((tmp_path / name / "config.json").read_text())["files"] for name in ("plain", "near", "best")]
+    assert files[0] == files[1] != files[2]
+    assert not plain.error
+    assert len(near.error) == len(best.error) == 2
+    assert best.error[0] < near.error[0]
+
+
 def test_every_way_to_pack_gives_the_same_model_and_range_coding_the_smaller_file(folders, tmp_path):
     sample = samples(1)[0]
     for bits in GRIDS:
@@ -184,13 +196,22 @@ def test_every_way_to_pack_gives_the_same_model_and_range_coding_the_smaller_fil
 
 
 @pytest.mark.parametrize("kind", ["switch", "mixtral"])
-def test_what_is_held_out_leaves_no_trace_in_the_weights(folders, kind, tmp_path):
-    shown, others = samples(12), samples(5, seed=1)
+def test_what_is_held_out_leaves_no_trace_in_the_weights(folders, kind, tmp_path, monkeypatch):
+    streams, answer = [], qmoe._Work.layer
+
+    def noted(self, path, tokens):
+        answer(self, path, tokens)
+        streams.append(tokens.out[: tokens.kept_from].clone())
+
+    monkeypatch.setattr(qmoe._Work, "layer", noted)
+    shown, others = samples(2), samples(5, seed=1)  # few, since small products are rounded in ways of their own
     shuffled = [Sample(one.ids[torch.randperm(len(one.ids))], one.target.flip(0)) for one in others]
     for name, tail in (("a", others), ("b", shuffled), ("c", samples(9, seed=2))):
-        qmoe.quantize(folders[kind], tmp_path / name, calib=shown + tail, samples=12, held_out=len(tail))
+        qmoe.quantize(folders[kind], tmp_path / name, calib=shown + tail, samples=2, held_out=len(tail))
     files = [json.loads((tmp_path / name / "config.json").read_text())["files"] for name in "abc"]
     assert files[0] == files[1] == files[2]
+    first, second, third = (streams[2 * turn : 2 * turn + 2] for turn in range(3))
+    assert all(torch.equal(a, b) and torch.equal(a, c) for a, b, c in zip(first, second, third, strict=True))
     qmoe.quantize(folders[kind], tmp_path / "d", calib=shown[:-1] + others[:1])
     assert json.loads((tmp_path / "d" / "config.json").read_text())["files"] != files[0]
 
@@ -220,6 +241,10 @@ def test_a_published_checkpoint_is_read_and_nothing_in_it_is_run(folders, tmp_pa
         torch.save({name: value for name, value in expert.items() if f"coder.block.{part}" in name or not part},
                    theirs / f"exp{part:02d}.pt")  # fmt: skip
     torch.save({"sizes": 3}, theirs / "sizes.pt")
+    assert is_compressed(theirs)
+    assert is_compressed(tmp_path / "mine")
+    assert not is_compressed(folders["switch"])
+    assert not is_compressed(tmp_path)
     sample = samples(1)[0]
     assert torch.equal(logits(load(theirs), sample), logits(load(tmp_path / "mine"), sample))
     torch.save({"x": print}, theirs / "exp02.pt")

@@ -45,6 +45,8 @@ def test_the_dictionary_is_the_published_one():
     code = dictionary()
     pairs = torch.bincount(code.lengths // 2).tolist()
     assert pairs == [0, 9, 65, 233, 577, 1161, 2049, 3305, 4993, 7177, 9921, 13289, 17345, 3843, 1569]
+    # of lengths and weights as the authors' code makes them, entry by entry
+    assert code.checksum == "af22677c0c11a376d53ef234c339b96a630cb004db0ed64c8634ecdc3b567efd"
     assert code.places.shape == (1 << 16, 3)  # no entry has more than three weights that are not zero
     single, order = [0.885, 0.0575, 0.0575], []
     for sequence, length in zip(code.trits.tolist(), code.lengths.tolist(), strict=True):
@@ -97,7 +99,8 @@ def test_a_layer_from_a_matrix_holds_its_nearest_levels_and_a_ternary_one_comes_
     w = torch.randn(16, 48)
     w[3] = 0  # all zeros
     w[4] = 0.25  # equal minimum and maximum
-    w[5] = w[5].abs()  # no negative weights: zeros must not be taken for lo
+    w[5] = w[5].abs()  # no negative weights: a zero must not be taken for lo, which is 0 as well
+    w[5, 7] = w[6, 8] = 0
     layer = TernaryLinear.from_dense(w)
     assert torch.equal(layer.trits(), quantise(w, levels(w)))
     assert not layer.trits()[3].any()

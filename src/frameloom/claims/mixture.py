@@ -34,7 +34,7 @@ def pieces(count: int, seed: int) -> list[Sample]:
     return [Sample(row) for row in stream[: len(stream) // LENGTH * LENGTH].view(-1, LENGTH)[:count]]
 
 
-def train(folder: Path, seed: int, *, width: int = 256, inner: int = 512, experts: int = 16, steps: int = 400,
+def train(folder: Path, seed: int, *, width: int = 256, inner: int = 512, experts: int = 16, steps: int = 250,
           count: int = 2048, progress: Progress = silent) -> Path:  # fmt: skip
     """Train a Mixtral of two layers, two experts a token, on captions of the world, and save it with its tokenizer."""
     from transformers import MixtralConfig, MixtralForCausalLM
@@ -44,7 +44,7 @@ def train(folder: Path, seed: int, *, width: int = 256, inner: int = 512, expert
     model = MixtralForCausalLM(MixtralConfig(
         vocab_size=len(reader), hidden_size=width, intermediate_size=inner, num_hidden_layers=2, num_attention_heads=4,
         num_key_value_heads=4, num_local_experts=experts, num_experts_per_tok=2, router_aux_loss_coef=0.02,
-        max_position_embeddings=128, bos_token_id=1, eos_token_id=1, pad_token_id=0,
+        max_position_embeddings=128, initializer_range=width**-0.5, bos_token_id=1, eos_token_id=1, pad_token_id=0,
     ))  # fmt: skip
     shown = torch.stack([piece.ids for piece in pieces(count, seed + 10)])
     optimiser = torch.optim.AdamW(model.parameters(), weight_decay=0.01, fused=True)
@@ -59,8 +59,6 @@ def train(folder: Path, seed: int, *, width: int = 256, inner: int = 512, expert
         optimiser.step()
         schedule.step()
         progress("steps", step + 1, steps)
-        if step % 50 == 49:
-            print(step + 1, loss.item())
     model.eval().save_pretrained(folder)
     reader.save_pretrained(folder)
     return folder

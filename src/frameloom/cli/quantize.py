@@ -34,7 +34,7 @@ def quantize(
     from frameloom.scale.qmoe import quantize as run
 
     terminal.listen()
-    with terminal.bar("experts") as progress:
+    with terminal.bar("") as progress:
         report = run(model, out, method, bits=bits, pack=pack, calib=calib, samples=samples, held_out=held_out,
                      group=group, seed=seed, progress=progress)  # fmt: skip
     if json:

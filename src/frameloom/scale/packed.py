@@ -158,6 +158,14 @@ def _digest(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
+def is_compressed(folder: str | Path) -> bool:
+    """Whether `load` is the way to open this folder."""
+    folder = Path(folder)
+    return (folder / "noexp.pt").is_file() or (
+        (folder / "config.json").is_file() and read_config(folder).get("method") == "qmoe"
+    )
+
+
 def load(folder: str | Path, *, dtype: torch.dtype = torch.float32, decoded: int = 0) -> nn.Module:
     """The transformers model of a folder that `frameloom quantize` made, or of a published `_qmoe` checkpoint.
 

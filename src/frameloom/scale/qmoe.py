@@ -38,9 +38,9 @@ from frameloom.scale import calibration
 from frameloom.scale.calibration import Sample
 from frameloom.scale.experts import Checkpoint, Host, experts_of, host_of, read_config, shapes, skeleton
 from frameloom.scale.gptq import DAMPING, GRIDS, gptq, nearest
-from frameloom.scale.packed import TOKENIZER, describe, drafted, load, save_dense, stored
+from frameloom.scale.packed import TOKENIZER, describe, drafted, is_compressed, load, save_dense, stored
 
-__all__ = ["Report", "load", "quantize"]
+__all__ = ["Report", "is_compressed", "load", "quantize"]
 
 log = logging.getLogger(__name__)
 
@@ -138,8 +138,8 @@ def quantize(
             value.data = value.data.bfloat16().float()  # what is calibrated is what will be loaded
         save_dense(network, draft)
         work = _Work(checkpoint, host, host.between(network.config), draft, report, bits, pack, group, damping,
-                     layers, progress)  # fmt: skip
-        if method == "rtn":
+                     layers, progress, nearest=method == "rtn")  # fmt: skip
+        if method == "rtn" and not held_out:
             for path in layers:
                 work.layer(path, None)
         else:
@@ -211,6 +211,7 @@ class _Work:
     damping: float
     layers: dict[str, tuple]
     progress: Progress
+    nearest: bool  # round to nearest: tokens only measure
 
     def layer(self, path: str, tokens: _Tokens | None) -> None:
         count, number = self.layers[path][0], list(self.layers).index(path)
@@ -227,7 +228,7 @@ class _Work:
         """One group; all that it needed is free when this returns."""
         wi, wo = (torch.stack(both) for both in zip(*(self.checkpoint.expert(self.host, path, one)
                                                       for one in members), strict=True))  # fmt: skip
-        h_wi, h_wo = self._hessians(path, members, tokens, wi, wo) if tokens else (None, None)
+        h_wi, h_wo = self._hessians(path, members, tokens, wi, wo) if tokens and not self.nearest else (None, None)
         found = {"wi": self._round(wi, h_wi, path, members), "wo": self._round(wo, h_wo, path, members)}
         self._save(path, members, found, name)
         wrong, right = 0.0, 0.0
@@ -308,6 +309,7 @@ _ENCODER = object()
 def _walk(model: nn.Module, host: Host, samples: list[Sample], held_out: int, work: _Work) -> None:
     """Take all samples through all blocks, compressing on the way."""
     encoded: list[Tensor] | None = None
+    passed, depth = 0, sum(len(getattr(model.get_submodule(name), blocks)) for name, blocks in host.stacks)
     for which, (name, blocks) in enumerate(host.stacks):
         stack = model.get_submodule(name)
         inputs = [sample.ids if which == 0 else _shifted(sample, model.config) for sample in samples]
@@ -323,13 +325,16 @@ def _walk(model: nn.Module, host: Host, samples: list[Sample], held_out: int, wo
         for number, block in enumerate(getattr(stack, blocks)):
             path = f"{name}.{blocks}.{number}"
             inner = [(f"{path}.{key}", one) for key, one in block.named_modules() if isinstance(one, _Recorder)]
-            asked = []
+            asked, begin = [], 0
             for index, part in enumerate(stream.split(lengths)):
                 args, kwargs = calls(index)
                 answer = block(part[None], *args, **kwargs)
                 part.copy_((answer[0] if isinstance(answer, tuple) else answer)[0])
                 if inner:
-                    asked.append(_visits(host, inner[0][1], work.layers[inner[0][0]][0], lengths, index))
+                    asked.append(_visits(host, inner[0][1], work.layers[inner[0][0]][0], begin))
+                begin += len(part)
+                passed += 1
+                work.progress("samples through blocks", passed, depth * len(samples))
             if inner:
                 x, token, expert, weight = (torch.cat(rows) for rows in zip(*asked, strict=True))
                 del asked
@@ -345,11 +350,11 @@ def _shifted(sample: Sample, config: Any) -> Tensor:
     return F.pad(sample.target[:-1], (1, 0), value=(config.pad_token_id or 0) if start is None else start)
 
 
-def _visits(host: Host, recorder: _Recorder, count: int, lengths: list[int], index: int) -> tuple[Tensor, ...]:
+def _visits(host: Host, recorder: _Recorder, count: int, begin: int) -> tuple[Tensor, ...]:
     hidden, selection, weights = recorder.asked
     del recorder.asked
     token, expert, weight = host.routes(selection, weights, count)
-    return hidden, token + sum(lengths[:index]), expert, weight
+    return hidden, token + begin, expert, weight
 
 
 def _begin(stack: nn.Module, blocks: nn.ModuleList, inputs: list[Tensor], encoded: list[Tensor] | None
