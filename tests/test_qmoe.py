@@ -311,9 +311,12 @@ def test_bad_input_is_one_line_and_leaves_nothing(folders, tmp_path):
     save_file({"other": torch.zeros(2)}, tmp_path / "other.safetensors")
     out, good, shown = tmp_path / "out", folders["mixtral"], samples(5)
     (tmp_path / "there").mkdir()
+    made = tmp_path / "made"
+    qmoe.quantize(good, made, "rtn")
     for call, what in (
         (lambda: qmoe.quantize(plain, out), "no experts are known in llama.*4-bit tool"),
         (lambda: qmoe.quantize(tmp_path / "none", out), "holds no config.json"),
+        (lambda: qmoe.quantize(made, out), "compressed already"),
         (lambda: qmoe.quantize(tmp_path / "bare", out, calib=shown), "holds no model.safetensors"),
         (lambda: qmoe.quantize(copies["cut"], out, calib=shown), "weights cannot be read"),
         (lambda: qmoe.quantize(copies["lacking"], out, calib=shown), "the weights lack .*experts.5.w2"),

@@ -27,7 +27,6 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Bool, Float
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
@@ -35,6 +34,7 @@ from frameloom.cards import card, chosen
 from frameloom.errors import InputError
 from frameloom.progress import Progress, silent
 from frameloom.scale import calibration
+from frameloom.scale.blockwise import Recorder, Tokens, walk
 from frameloom.scale.calibration import Sample
 from frameloom.scale.experts import Checkpoint, Host, experts_of, host_of, read_config, shapes, skeleton
 from frameloom.scale.gptq import DAMPING, GRIDS, gptq, nearest
@@ -125,6 +125,8 @@ def quantize(
     if out.exists():
         raise InputError(f"{out}: is there already; name a folder that is not")
     description = read_config(folder)
+    if description.get("method") == "qmoe":
+        raise InputError(f"{folder}: its experts are compressed already; give the model that it was made from")
     host = host_of(description.get("model_type", ""), str(folder))
     checkpoint = Checkpoint(folder)
     network = _skeleton(folder, host)
@@ -132,7 +134,7 @@ def quantize(
     with drafted(out) as draft:
         layers = {path: shapes(module) for path, module in experts_of(network).items()}
         for path in layers:
-            network.set_submodule(path, _Recorder())
+            network.set_submodule(path, Recorder())
         checkpoint.fill(network, host)
         for value in network.parameters():
             value.data = value.data.bfloat16().float()  # what is calibrated is what will be loaded
@@ -146,7 +148,9 @@ def quantize(
             shown = calibration.read(calib, folder, samples + held_out, seq2seq=host.seq2seq, seed=seed)
             if len(shown) <= held_out:
                 raise InputError(f"--held-out {held_out}: of {len(shown)} samples none is left to calibrate on")
-            _walk(network, host, shown, held_out, work)
+            counts = {path: found[0] for path, found in layers.items()}
+            with torch.no_grad():
+                walk(network, host, shown, held_out, counts, work.layer, progress)
         _warn(report)
         for name in TOKENIZER:
             if (folder / name).is_file():
@@ -175,27 +179,6 @@ def _warn(report: Report) -> None:
             log.warning("%d experts were rounded to nearest, since %s: %s", len(names), why, shown)
 
 
-class _Recorder(nn.Module):
-    """Stands where experts were: notes what it is asked, and says nothing."""
-
-    def forward(self, hidden: Tensor, selection: Tensor, weights: Tensor) -> Tensor:
-        self.asked = hidden, selection, weights
-        return torch.zeros_like(hidden)
-
-
-@dataclass
-class _Tokens:
-    """All tokens of one stack: `x` what experts see, `out` the residual stream that they add to, both `(n, d)`."""
-
-    x: Float[Tensor, "n d"]
-    out: Float[Tensor, "n d"]
-    token: Tensor
-    expert: Tensor
-    weight: Tensor
-    counts: Bool[Tensor, "n"]  # may enter an H
-    kept_from: int  # tokens from here on are held out
-
-
 @dataclass
 class _Work:
     """Compresses layers, group by group."""
@@ -213,7 +196,7 @@ class _Work:
     progress: Progress
     nearest: bool  # round to nearest: tokens only measure
 
-    def layer(self, path: str, tokens: _Tokens | None) -> None:
+    def layer(self, path: str, tokens: Tokens | None) -> None:
         count, number = self.layers[path][0], list(self.layers).index(path)
         wrong, right = 0.0, 0.0
         for turn, begin in enumerate(range(0, count, self.group)):
@@ -224,7 +207,7 @@ class _Work:
         if right:
             self.report.error.append(wrong / right)
 
-    def _compress(self, path: str, members: range, tokens: _Tokens | None, name: str) -> tuple[float, float]:
+    def _compress(self, path: str, members: range, tokens: Tokens | None, name: str) -> tuple[float, float]:
         """One group; all that it needed is free when this returns."""
         wi, wo = (torch.stack(both) for both in zip(*(self.checkpoint.expert(self.host, path, one)
                                                       for one in members), strict=True))  # fmt: skip
@@ -238,7 +221,7 @@ class _Work:
             wrong, right = wrong + off, right + all_
         return wrong, right
 
-    def _hessians(self, path: str, members: range, tokens: _Tokens, wi: Tensor, wo: Tensor) -> tuple[Tensor, Tensor]:
+    def _hessians(self, path: str, members: range, tokens: Tokens, wi: Tensor, wo: Tensor) -> tuple[Tensor, Tensor]:
         first, second = (w.new_zeros(len(members), w.shape[2], w.shape[2]) for w in (wi, wo))
         counted = tokens.counts[tokens.token]
         cap = TOKEN_CAP * max(1, int(counted.sum()) // self.layers[path][0])
@@ -276,7 +259,7 @@ class _Work:
         self.report.bytes += sum(value.numel() * value.element_size() for value in values.values())
         save_file(values, self.draft / name)
 
-    def _answer(self, tokens: _Tokens, one: int, plain: tuple[Tensor, Tensor], packed: list[Tensor]
+    def _answer(self, tokens: Tokens, one: int, plain: tuple[Tensor, Tensor], packed: list[Tensor]
                 ) -> tuple[float, float]:  # fmt: skip
         """Add a compressed expert's answers to its tokens; squared error and square of those that are held out."""
         off = all_ = 0.0
@@ -296,107 +279,3 @@ class _Work:
 
     def _expert(self, x: Tensor, wi: Tensor, wo: Tensor) -> Tensor:
         return F.linear(self.between(F.linear(x, wi)), wo)
-
-
-class _Stop(Exception):
-    """Ends a forward pass whose first block was reached."""
-
-
-_ENCODER = object()
-
-
-@torch.no_grad()
-def _walk(model: nn.Module, host: Host, samples: list[Sample], held_out: int, work: _Work) -> None:
-    """Take all samples through all blocks, compressing on the way."""
-    encoded: list[Tensor] | None = None
-    passed, depth = 0, sum(len(getattr(model.get_submodule(name), blocks)) for name, blocks in host.stacks)
-    for which, (name, blocks) in enumerate(host.stacks):
-        stack = model.get_submodule(name)
-        inputs = [sample.ids if which == 0 else _shifted(sample, model.config) for sample in samples]
-        marks = [(sample.shown, sample.said)[which] for sample in samples]
-        lengths = [len(row) for row in inputs]
-        counts = torch.cat([torch.ones(n, dtype=torch.bool) if mark is None else mark
-                            for n, mark in zip(lengths, marks, strict=True)])  # fmt: skip
-        kept_from = sum(lengths[: len(samples) - held_out])
-        counts[kept_from:] = False
-        states, calls = _begin(stack, getattr(stack, blocks), inputs, encoded)
-        stream = torch.cat(states)
-        del states
-        for number, block in enumerate(getattr(stack, blocks)):
-            path = f"{name}.{blocks}.{number}"
-            inner = [(f"{path}.{key}", one) for key, one in block.named_modules() if isinstance(one, _Recorder)]
-            asked, begin = [], 0
-            for index, part in enumerate(stream.split(lengths)):
-                args, kwargs = calls(index)
-                answer = block(part[None], *args, **kwargs)
-                part.copy_((answer[0] if isinstance(answer, tuple) else answer)[0])
-                if inner:
-                    asked.append(_visits(host, inner[0][1], work.layers[inner[0][0]][0], begin))
-                begin += len(part)
-                passed += 1
-                work.progress("samples through blocks", passed, depth * len(samples))
-            if inner:
-                x, token, expert, weight = (torch.cat(rows) for rows in zip(*asked, strict=True))
-                del asked
-                work.layer(inner[0][0], _Tokens(x, stream, token, expert, weight, counts, kept_from))
-        if which == 0 and host.seq2seq:
-            encoded = [stack.final_layer_norm(part)[None] for part in stream.split(lengths)]
-
-
-def _shifted(sample: Sample, config: Any) -> Tensor:
-    if sample.target is None:
-        raise InputError("a model of two stacks is calibrated on samples with a target each; one has none")
-    start = getattr(config, "decoder_start_token_id", None)
-    return F.pad(sample.target[:-1], (1, 0), value=(config.pad_token_id or 0) if start is None else start)
-
-
-def _visits(host: Host, recorder: _Recorder, count: int, begin: int) -> tuple[Tensor, ...]:
-    hidden, selection, weights = recorder.asked
-    del recorder.asked
-    token, expert, weight = host.routes(selection, weights, count)
-    return hidden, token + begin, expert, weight
-
-
-def _begin(stack: nn.Module, blocks: nn.ModuleList, inputs: list[Tensor], encoded: list[Tensor] | None
-           ) -> tuple[list[Tensor], Callable[[int], tuple[list, dict]]]:  # fmt: skip
-    """What enters the first block for every sample, and with which further arguments blocks are called.
-
-    Masks and positions depend on lengths alone, since there is no padding: they are kept once for every length.
-    """
-    states: list[Tensor] = []
-    known: dict[tuple[int, int], tuple[tuple, dict]] = {}
-
-    def key(index: int) -> tuple[int, int]:
-        return len(inputs[index]), encoded[index].shape[1] if encoded else 0
-
-    def stop(module: nn.Module, args: tuple, kwargs: dict) -> None:
-        index = len(states)
-        states.append((args[0] if args else kwargs["hidden_states"])[0])
-        given = encoded[index] if encoded else None
-        rest = tuple(_ENCODER if given is not None and value is given else value for value in args[1:])
-        named = {name: value for name, value in kwargs.items() if name != "hidden_states"}
-        known.setdefault(key(index), (rest, named))
-        raise _Stop
-
-    handle = blocks[0].register_forward_pre_hook(stop, with_kwargs=True)
-    for index, row in enumerate(inputs):
-        extra = {"encoder_hidden_states": encoded[index]} if encoded else {}
-        try:
-            stack(input_ids=row[None], use_cache=False, **extra)
-        except _Stop:
-            pass
-        except IndexError:
-            raise InputError(f"calibration sample {index}: token {int(row.max())} is beyond the model's vocabulary; "
-                             "were these tokens made for another model?") from None  # fmt: skip
-    handle.remove()
-    if hasattr(blocks[0], "layer"):  # Switch, as T5: the first block's table of distances serves all of them
-        first = blocks[0].layer[0].SelfAttention
-        for block in list(blocks)[1:]:
-            block.layer[0].SelfAttention.has_relative_attention_bias = True
-            block.layer[0].SelfAttention.relative_attention_bias = first.relative_attention_bias
-
-    def calls(index: int) -> tuple[list, dict]:
-        args, kwargs = known[key(index)]
-        return [encoded[index] if value is _ENCODER else value for value in args], kwargs
-
-    return states, calls
