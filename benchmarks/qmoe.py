@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 
 from frameloom.claims.qmoe import independent, timed
-from frameloom.scale.ternary import TernaryLinear, encode
+from frameloom.scale.ternary import TernaryLinear, dictionary, encode
 
 SHAPES = ((3072, 768), (768, 3072), (4096, 1024), (6144, 2080), (2080, 6144))
 
@@ -24,6 +24,7 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, nargs="+", default=[1, 8, 64, 256])
     options = parser.parse_args()
     torch.set_num_threads(1)
+    dictionary()  # is built once, which takes about a second
     draw = torch.Generator().manual_seed(0)
     print(f"{'shape':>12} {'bits':>6} {'encode':>9} {'tokens':>7} {'from code':>10} {'decoded':>10} {'plain':>10}")
     for height, width in SHAPES:
