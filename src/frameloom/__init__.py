@@ -28,6 +28,7 @@ _HOMES = {
     "load": "frameloom.training.pretrained",
     "plan": "frameloom.scale.plan",
     "predict": "frameloom.tasks.generation",
+    "quantize": "frameloom.scale.qmoe",
     "read": "frameloom.video.reader",
     "stabilize": "frameloom.tasks.stabilization",
     "train": "frameloom.training.loop",

@@ -50,7 +50,7 @@ class PeakMemory(TorchDispatchMode):
 
 def _storages(tree: object) -> list[torch.UntypedStorage]:
     plain = [leaf for leaf in tree_leaves(tree) if isinstance(leaf, torch.Tensor) and type(leaf) in _PLAIN]
-    return [tensor.untyped_storage() for tensor in plain]
+    return [tensor.untyped_storage() for tensor in plain if not tensor.is_meta]
 
 
 # Wrapper tensors (DTensor and its like) have no storage of their own; what they wrap passes by itself.
