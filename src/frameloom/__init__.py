@@ -28,6 +28,7 @@ _HOMES = {
     "load": "frameloom.training.pretrained",
     "predict": "frameloom.tasks.generation",
     "read": "frameloom.video.reader",
+    "serve": "frameloom.scale.serve",
     "stabilize": "frameloom.tasks.stabilization",
     "train": "frameloom.training.loop",
     "write": "frameloom.video.writer",

@@ -241,6 +241,15 @@ class FusedDecoder:
         while not self.closed:
             self.step()
 
+    def abandon(self, error: str) -> None:
+        """Fail every request, without another iteration: for when an iteration raised."""
+        with self._lock:
+            self._closing = True
+            self._came.clear()
+        for request in list(self._ids.values()):
+            request.error = error
+            self._end(request, "failed")
+
     # --- an iteration -------------------------------------------------------------------------------------------------
 
     @torch.no_grad()

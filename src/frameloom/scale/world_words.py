@@ -44,7 +44,7 @@ class WorldWords(nn.Module):
             LlamaConfig(
                 vocab_size=len(WORDS), hidden_size=config.width, intermediate_size=config.width * 8 // 3,
                 num_hidden_layers=config.depth, num_attention_heads=config.heads,
-                num_key_value_heads=config.heads, max_position_embeddings=config.length, tie_word_embeddings=True,
+                num_key_value_heads=config.heads, max_position_embeddings=config.length, tie_word_embeddings=False,
                 bos_token_id=END, eos_token_id=END, pad_token_id=PAD, attn_implementation="sdpa",
             )
         )  # fmt: skip
@@ -70,7 +70,7 @@ class WorldWords(nn.Module):
 
     @classmethod
     def recipe(cls, size: str) -> Recipe:
-        return Recipe(steps=1500, batch_size=64, lr=3e-3, warmup=100, weight_decay=0.01)
+        return Recipe(steps=800, batch_size=64, lr=3e-3, warmup=100, weight_decay=0.01)
 
     @classmethod
     def dataset(cls, source: str, size: str, seed: int) -> Any:
