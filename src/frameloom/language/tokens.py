@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import nn
@@ -12,6 +12,7 @@ from frameloom.errors import InputError
 from frameloom.language.words import END, Words, split
 
 
+@runtime_checkable
 class Text(Protocol):
     """Between text and tokens. `decode` of a whole answer continues the prompt's text."""
 
