@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from torch.distributed.device_mesh import init_device_mesh
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, MistralConfig, MistralForCausalLM
 
+from frameloom.claims.flover import fewest
 from frameloom.errors import InputError
 from frameloom.scale.flover import FusedDecoder, QueueFull, Sampling, sample
 from frameloom.scale.probe import CommCounter
@@ -85,26 +86,6 @@ def test_learned_positions_work_as_well_as_rotary_ones():
     requests = [decoder.submit(prompt, n) for prompt, n in asked]
     decoder.run()
     assert [request.tokens for request in requests] == [alone(gpt, prompt, n) for prompt, n in asked]
-
-
-def fewest(slots: int) -> dict[tuple[bool, ...], int]:
-    """By search: moves from every occupancy to any contiguous one, where a move takes one occupant to a free slot."""
-    patterns = list(itertools.product([False, True], repeat=slots))
-    distance = {p: 0 for p in patterns if "1" not in "".join("01"[x] for x in p).strip("0").replace("1", "")
-                and "0" not in "".join("01"[x] for x in p).strip("0")}  # fmt: skip
-    frontier = list(distance)
-    while frontier:
-        following = []
-        for p in frontier:
-            for source, target in itertools.permutations(range(slots), 2):
-                if p[source] and not p[target]:
-                    q = list(p)
-                    q[source], q[target] = False, True
-                    if tuple(q) not in distance:
-                        distance[tuple(q)] = distance[p] + 1
-                        following.append(tuple(q))
-        frontier = following
-    return distance
 
 
 def test_closing_gaps_takes_the_fewest_moves_there_are():

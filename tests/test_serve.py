@@ -216,7 +216,7 @@ def test_more_than_may_wait_are_told_when_to_come_again(plain):
 
 def test_a_name_can_be_given_and_is_not_taken_twice_at_once(plain):
     asked = {"prompt": [1, 2], "max_tokens": 60, "stream": True}
-    with served(plain, pause=0.01) as (url, engine):
+    with served(plain, pause=0.05) as (url, engine):
         with httpx.stream("POST", f"{url}/v1/completions", json=asked, headers={"X-Request-Id": "mine"}) as first:
             assert events([next(first.iter_lines())])[0]["id"] == "mine"
             second = httpx.post(f"{url}/v1/completions", json=asked, headers={"X-Request-Id": "mine"})
