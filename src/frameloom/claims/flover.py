@@ -120,7 +120,7 @@ def fused(
     decoder = FusedDecoder(model, slots, 160, compact=compact)
     found = [decoder.submit(prompt, n) for prompt, n in asked]
     decoder.run()
-    useful = (sum(n for _, n in asked) - decoder.prefills) / decoder.rows
+    useful = sum(n - 1 for _, n in asked) / decoder.rows
     return [one.tokens for one in found], decoder.iterations + decoder.prefills, useful
 
 

@@ -6,8 +6,8 @@ then for its longest member, wastes time and rows. Here there is one persistent 
 
     h[lo:hi] = model(last[lo:hi], position[lo:hi], cache[lo:hi])        one forward pass for all that are active
 
-although the requests are at different steps. A request is prefilled alone, into a slot beside the occupied ones, and
-takes part from the next iteration on. One that ends at a border of the occupied range just moves the border; after
+although the requests are at different steps. A request is prefilled into a slot beside the occupied ones, in one pass
+with others that came at the same time, and takes part from the next iteration on. One that ends at a border of the occupied range just moves the border; after
 one that ends in the middle, the fewest possible segments are copied to close the gap (`frameloom.scale.slots`).
 
 Every request samples with its own settings and numbers of its own seed, so that its tokens do not depend on its
@@ -119,7 +119,7 @@ class FusedDecoder:
         max_len: tokens of a request, prompt and answer together. The cache takes slots x max_len of them, once.
         queue: requests that may wait for a slot.
         eos: tokens that end a request.
-        admit: most prefills between two iterations (the paper's is 1); as many as there are slots when None.
+        admit: most requests that join between two iterations (the paper's is 1); as many as there are slots when None.
         compact: close gaps; without, finished rows in the middle are computed until a border reaches them.
         ranks: the group of ranks that the model is split over (`split`); rank 0 submits, the others `follow`.
 
@@ -260,10 +260,7 @@ class FusedDecoder:
             if name in self._ids:
                 self._end(self._ids[name], "cancelled")
         self._close_ranks()
-        for _ in range(self.admit or self.slots):
-            if not self._waiting or (self.high == self.slots and self.low == 0):
-                break
-            self._prefill(self._waiting.popleft())
+        self._admit()
         self._close_ranks()
         if self.high > self.low:
             self._iterate()
@@ -285,17 +282,34 @@ class FusedDecoder:
             self._waiting.extend(came)
         return left, closing
 
-    def _prefill(self, request: Request) -> None:
-        """Write a prompt into the slot beside the occupied ones, above if there is one; its first token follows."""
+    def _admit(self) -> None:
+        """Give those who wait the slots beside the occupied ones, above while there are any, and prefill them."""
         if self.low == self.high:
             self.low = self.high = 0
-        request.slot = self.high if self.high < self.slots else self.low - 1
-        self._slots[request.slot] = request
-        self.low, self.high = min(self.low, request.slot), max(self.high, request.slot + 1)
-        self.admitted.append(request.id)
+        count = min(self.admit or self.slots, len(self._waiting), self.slots - (self.high - self.low))
+        while count:
+            above = self.slots - self.high
+            group = [self._waiting.popleft()]
+            while len(group) < min(count, above or self.low) and _alike([*group, self._waiting[0]]):
+                group.append(self._waiting.popleft())
+            first = self.high if above else self.low - len(group)
+            self.low, self.high = min(self.low, first), max(self.high, first + len(group))
+            for slot, request in enumerate(group, first):
+                self._slots[slot], request.slot = request, slot
+                self.admitted.append(request.id)
+            self._prefill(group, first)
+            count -= len(group)
+
+    def _prefill(self, group: Sequence[Request], first: int) -> None:
+        """Write prompts into their slots in one pass; the first token of each follows.
+
+        Shorter ones are filled up with their own last token: what that writes is overwritten before it is seen.
+        """
+        lengths = [len(request.prompt) for request in group]
+        ids = torch.tensor([r.prompt + r.prompt[-1:] * (max(lengths) - len(r.prompt)) for r in group])
+        positions = torch.arange(max(lengths)).expand_as(ids)
         self.prefills += 1
-        positions = torch.arange(len(request.prompt))[None]
-        self._take([request], self._forward(torch.tensor([request.prompt]), request.slot, positions))
+        self._take(group, self._forward(ids, first, positions, torch.tensor(lengths) - 1))
 
     def _iterate(self) -> None:
         rows = self._slots[self.low : self.high]
@@ -303,18 +317,24 @@ class FusedDecoder:
         positions = torch.tensor([[row.filled if row else 0] for row in rows])
         self.iterations += 1
         self.rows += len(rows)
-        self._take(rows, self._forward(last, self.low, positions))
+        self._take(rows, self._forward(last, self.low, positions, torch.zeros(len(rows), dtype=torch.long)))
 
     def _forward(
-        self, ids: Int[Tensor, "rows tokens"], first: int, positions: Int[Tensor, "rows tokens"]
-    ) -> Float[Tensor, "rows vocabulary"]:
-        """Logits after the last token of the slots from `first` on."""
+        self, ids: Int[Tensor, "rows tokens"], first: int, positions: Int[Tensor, "rows tokens"],
+        last: Int[Tensor, "rows"],
+    ) -> Float[Tensor, "rows vocabulary"]:  # fmt: skip
+        """Logits after the token `last` of each of the slots from `first` on."""
         ids, columns, at = ids.to(self.device), int(positions.max()) + 1, positions.to(self.device)
         mask = self.cache.look(slice(first, first + len(ids)), at, columns)
-        named = {self._keywords["cache"]: self.cache, **self._keywords["more"]}
+        kept, which = last.to(self.device).unique(return_inverse=True)
+        named: dict = {self._keywords["cache"]: self.cache}
+        if self._keywords["picks"]:
+            named["logits_to_keep"] = kept
+        else:
+            which = last.to(self.device)
         logits = self.model(input_ids=ids, attention_mask=mask, position_ids=at, use_cache=True, **named).logits
-        # The copy waits for the gather of a split model, whose result is a promise until something is computed of it.
-        return logits[:, -1].clone()
+        # Picking waits for the gather of a split model, whose result is a promise until something is computed of it.
+        return logits[torch.arange(len(ids), device=self.device), which]
 
     def _take(self, rows: Sequence[Request | None], logits: Float[Tensor, "rows vocabulary"]) -> None:
         """Sample a token for every row; whose logits are no numbers has failed, and nobody else."""
@@ -416,5 +436,10 @@ def _calling(model: nn.Module, max_len: int) -> dict:
     if "position_ids" not in asked:
         raise InputError(f"{name}: takes no positions; requests at different steps need their own")
     # The argument was renamed within transformers 5.
-    return {"cache": "cache" if "cache" in asked else "past_key_values",
-            "more": {"logits_to_keep": 1} if "logits_to_keep" in asked else {}}  # fmt: skip
+    return {"cache": "cache" if "cache" in asked else "past_key_values", "picks": "logits_to_keep" in asked}
+
+
+def _alike(group: Sequence[Request]) -> bool:
+    """Whether prompts are of lengths so much alike that filling the shorter ones up is no more than half the work."""
+    lengths = [len(request.prompt) for request in group]
+    return max(lengths) * len(lengths) <= 2 * sum(lengths)
