@@ -106,7 +106,9 @@ def test_forward_passes_are_counted_and_all_rows_are_useful(model):
     lengths = [16, 24, 8, 12, 20, 3, 1, 7]
     decoder = FusedDecoder(model, len(lengths), 32)
     seen = []
-    hook = model.register_forward_pre_hook(lambda module, args, kwargs: seen.append(kwargs["input_ids"].shape), with_kwargs=True)
+    hook = model.register_forward_pre_hook(
+        lambda module, args, kwargs: seen.append(kwargs["input_ids"].shape), with_kwargs=True
+    )
     try:
         for n in lengths:
             decoder.submit([n, 2], n)
@@ -231,7 +233,7 @@ def test_mistakes_are_one_line_with_the_numbers(model):
                        (lambda: Sampling(top_k=-1), "top_k"), (lambda: Sampling(seed=-1), "seed"),
                        (lambda: FusedDecoder(model, 0), "--slots 0"),
                        (lambda: FusedDecoder(model, 4, 65), "--max-len 65: LlamaForCausalLM knows positions up to 64"),
-                       (lambda: FusedDecoder(torch.nn.Linear(2, 2)), "Linear: not a causal language model")):  # fmt: skip
+                       (lambda: FusedDecoder(torch.nn.Linear(2, 2)), "Linear: not a causal language")):  # fmt: skip
         with pytest.raises(InputError, match=said):
             made()
 

@@ -229,7 +229,7 @@ def test_output_that_is_no_number_fails_one_answer_and_an_exception_all(plain):
     model = llama()
     with torch.no_grad():
         model.model.embed_tokens.weight[7] = float("nan")
-    with served(TokenModel("broken", model, None, frozenset())) as (url, engine):
+    with served(TokenModel("broken", model, None, frozenset())) as (url, _):
         post = f"{url}/v1/completions"
         bad = httpx.post(post, json={"prompt": [7]})
         assert (bad.status_code, "no number at token 0" in bad.json()["error"]["message"]) == (500, True)
@@ -255,7 +255,11 @@ class Letters:
         return None
 
 
-@given(st.text("abéß", max_size=12), st.lists(st.integers(1, 4), min_size=24, max_size=24), st.sampled_from(["", "ab", "éa"]))
+@given(
+    st.text("abéß", max_size=12),
+    st.lists(st.integers(1, 4), min_size=24, max_size=24),
+    st.sampled_from(["", "ab", "éa"]),
+)
 def test_text_in_pieces_is_the_text_whatever_the_pieces(text, sizes, stop):
     data, writing, shown, at = text.encode(), Writing(Letters(), b"xy", [stop] if stop else []), "", 0
     for size in sizes:
@@ -314,7 +318,7 @@ def test_folders_that_cannot_be_served_are_one_line(folder, tmp_path):
     other.mkdir()
     (other / "config.json").write_text(json.dumps({"method": "cbb"}))
     for weights, said in ((tmp_path / "none", "no such folder"), (tmp_path / "empty", "holds no config.json"),
-                          (tmp_path / "pickled", "holds no .safetensors"), (short, "lacks 9 tensors of LlamaForCausalLM"),
+                          (tmp_path / "pickled", "holds no .safetensors"), (short, "lacks 9 tensors of Llama"),
                           (other, "holds weights of cbb")):  # fmt: skip
         with pytest.raises(InputError, match=said) as raised:
             open_served(weights)
@@ -333,7 +337,7 @@ def test_a_port_in_use_and_a_host_that_is_none_are_errors_before_anything_is_loa
             serve("no/such/folder", port=port)
     with pytest.raises(InputError, match="--port 70000"):
         serve(port=70000)
-    with pytest.raises(InputError, match="--host nowhere.invalid"):
+    with pytest.raises(InputError, match=r"--host nowhere\.invalid"):
         serve(host="nowhere.invalid")
 
 

@@ -38,5 +38,6 @@ def serve(
     terminal.listen()
     if host not in ("127.0.0.1", "localhost", "::1"):
         terminal.say(f"note: --host {host}: whoever reaches this machine can use the model; there is no password")
+    name = weights or "world-words"
     run(weights, host=host, port=port, slots=slots, max_len=max_len, queue=queue, device=device, dtype=kinds[dtype],
-        ready=lambda url: terminal.say(f"{weights or 'world-words'} at {url}/v1/completions  (Ctrl-C stops)"))  # fmt: skip
+        ready=lambda url: terminal.say(f"{name} at {url}/v1/completions  (Ctrl-C stops)"))  # fmt: skip

@@ -44,8 +44,9 @@ class WordTokens:
         """Raises InputError for words that the vocabulary lacks, with the nearest that it has."""
         if unknown := self.words.unknown(text):
             near = self.words.nearest(unknown[0])
-            raise InputError(f"the model does not know the word {unknown[0]!r}" + (f"; did you mean {near!r}?" if near
-                             else f"; it knows {len(self.words.vocabulary)}, such as {self.words.vocabulary[0]!r}"))  # fmt: skip
+            known = self.words.vocabulary
+            hint = f"did you mean {near!r}?" if near else f"it knows {len(known)}, such as {known[-1]!r}"
+            raise InputError(f"the model does not know the word {unknown[0]!r}; {hint}")
         return [END] + [self.words.number[word] for word in split(text)]
 
     def decode(self, tokens: Sequence[int]) -> str:
@@ -98,7 +99,9 @@ def open_folder(folder: Path, device: str = "cpu", dtype: torch.dtype | None = N
         )  # fmt: skip
     except (OSError, ValueError, KeyError, TypeError, RuntimeError, ImportError) as error:
         reason = " ".join(str(error).split())[:160]
-        raise InputError(f"--weights {folder}: not a causal language model that transformers can open ({reason})") from None  # fmt: skip
+        raise InputError(
+            f"--weights {folder}: not a causal language model that transformers opens ({reason})"
+        ) from None
     if missing := sorted(found["missing_keys"]):
         raise InputError(f"--weights {folder}: lacks {len(missing)} tensors of {type(model).__name__}, such as "
                          f"{missing[0]}")  # fmt: skip

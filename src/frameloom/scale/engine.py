@@ -83,7 +83,7 @@ class Engine:
                 while self.decoder.busy and not self._stopping:
                     self.decoder.step()
             self.decoder.close()
-        except Exception as error:  # noqa: BLE001 - whatever it was, who waits must hear of it
+        except Exception as error:
             log.exception("decoding failed")
             self.broken = f"decoding failed ({type(error).__name__}: {error})"
             self.decoder.abandon(self.broken)

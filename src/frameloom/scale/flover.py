@@ -7,8 +7,9 @@ then for its longest member, wastes time and rows. Here there is one persistent 
     h[lo:hi] = model(last[lo:hi], position[lo:hi], cache[lo:hi])        one forward pass for all that are active
 
 although the requests are at different steps. A request is prefilled into a slot beside the occupied ones, in one pass
-with others that came at the same time, and takes part from the next iteration on. One that ends at a border of the occupied range just moves the border; after
-one that ends in the middle, the fewest possible segments are copied to close the gap (`frameloom.scale.slots`).
+with others that came at the same time, and takes part from the next iteration on. One that ends at a border of the
+occupied range just moves the border; after one that ends in the middle, the fewest possible segments are copied to
+close the gap (`frameloom.scale.slots`).
 
 Every request samples with its own settings and numbers of its own seed, so that its tokens do not depend on its
 neighbours. With several ranks (`split`) the order of arrival is rank 0's: before an iteration it broadcasts who came
@@ -148,7 +149,9 @@ class FusedDecoder:
         self.vocabulary: int = model.config.vocab_size
         self.device = next(model.parameters()).device
         if ranks is not None:
-            same_everywhere(ranks, "--slots, --max-len and the like", (slots, max_len, sorted(self.eos), admit, compact))
+            same_everywhere(
+                ranks, "--slots, --max-len and the like", (slots, max_len, sorted(self.eos), admit, compact)
+            )
         self.rank = dist.get_rank(ranks) if ranks is not None else 0
         self.cache = SlotCache(model.config.num_hidden_layers, slots, max_len)
         self.low = self.high = 0

@@ -122,7 +122,9 @@ def _listen(host: str, port: int) -> socket.socket:
     except (OSError, OverflowError) as error:
         listener.close()
         if isinstance(error, socket.gaierror):
-            raise InputError(f"--host {host}: no address of this machine; 127.0.0.1 serves this machine alone") from None
+            raise InputError(
+                f"--host {host}: no address of this machine; 127.0.0.1 serves this machine alone"
+            ) from None
         reason = getattr(error, "strerror", None) or str(error)
         raise InputError(f"--port {port}: cannot be taken on {host} ({reason.lower()}); try another, such as "
                          f"--port {port % 60000 + 1}, or --port 0 for a free one") from None  # fmt: skip

@@ -95,4 +95,6 @@ class Captions:
 def captions(kind: str, count: int, seed: int) -> list[str]:
     """Captions of `count` scenes of one kind; no two seeds share a scene."""
     data = WorldDataset(kind, 8, 16, 16, seed, count)
-    return [text for begin in range(0, count, 64) for text in data.world(range(begin, min(begin + 64, count))).captions()]
+    return [
+        text for begin in range(0, count, 64) for text in data.world(range(begin, min(begin + 64, count))).captions()
+    ]
