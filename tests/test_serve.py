@@ -159,7 +159,7 @@ def test_chat_needs_a_template_and_a_foreign_name_is_turned_away(words):
 
 
 def test_many_clients_half_of_whom_leave_lose_and_mix_nothing(plain):
-    clients, n = 40, 24
+    clients, n = 40, 40
     ways = [([1 + i, 2], Sampling(float(i % 2), seed=i)) for i in range(clients)]
     wanted = [tokens_alone(plain.model, prompt, n, how) for prompt, how in ways]
 
@@ -192,7 +192,7 @@ def test_many_clients_half_of_whom_leave_lose_and_mix_nothing(plain):
         settle(engine)
         assert got == [None if i % 2 else wanted[i] for i in range(clients)]
         assert sum(engine.ended.values()) == clients
-        assert engine.ended["cancelled"] >= clients // 4
+        assert engine.ended["cancelled"] > clients // 4  # so that some of either kind were, streaming and not
         assert engine.decoder.cache.nbytes == 6 * 64 * 2 * 2 * 2 * 8 * 4
 
 

@@ -255,7 +255,7 @@ class FusedDecoder:
 
     # --- an iteration -------------------------------------------------------------------------------------------------
 
-    @torch.no_grad()
+    @torch.inference_mode()
     def step(self) -> None:
         """Let requests go and come, then one token for each that is active."""
         left, closing = self._agree()

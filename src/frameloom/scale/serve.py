@@ -98,7 +98,10 @@ def serve(
     ranks = _split(model, world, device) if world > 1 else None
     known = getattr(model.model.config, "max_position_embeddings", 512)
     decoder = FusedDecoder(model.model, slots, max_len or min(512, known), queue=queue, eos=model.eos, ranks=ranks)
+    main = threading.current_thread() is threading.main_thread()
     if listener is None:
+        if main:  # torchrun tells all ranks to stop; these do when rank 0 has finished its answers
+            signal.signal(signal.SIGTERM, signal.SIG_IGN)
         return decoder.follow()
     settings = uvicorn.Config(application(model, Engine(decoder), host), log_level="warning", access_log=False,
                               timeout_graceful_shutdown=GRACE, lifespan="on")  # fmt: skip
@@ -106,7 +109,7 @@ def serve(
     # Connections wait in the listener's backlog from here on, so that nobody is turned away.
     address = f"[{host}]" if ":" in host else host
     ready(f"http://{address}:{listener.getsockname()[1]}")
-    if threading.current_thread() is threading.main_thread():
+    if main:
         # uvicorn raises the signal again once it has shut down in order; then it means nothing any more.
         signal.signal(signal.SIGTERM, lambda *_: None)
     return server.run(sockets=[listener])
