@@ -20,7 +20,8 @@ import numpy as np
 import psutil
 import torch
 
-from frameloom.scale.flover import FusedDecoder, Sampling
+from frameloom.scale.flover import FusedDecoder
+from frameloom.scale.sampling import Sampling
 from frameloom.scale.serve import open_served
 
 BEGINNINGS = ("a small red", "a large", "the camera", "a person", "a small blue ball", "a large green box slides")

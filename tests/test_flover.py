@@ -13,9 +13,10 @@ from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausa
 
 from frameloom.claims.flover import fewest
 from frameloom.errors import InputError
-from frameloom.scale.flover import FusedDecoder, QueueFull, Sampling, sample
+from frameloom.scale.flover import FusedDecoder, QueueFull
 from frameloom.scale.probe import CommCounter
 from frameloom.scale.ranks import RankFailed, local
+from frameloom.scale.sampling import Sampling, sample
 from frameloom.scale.slots import minimal_moves
 from frameloom.scale.split import split
 

@@ -23,8 +23,10 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from frameloom.errors import InputError
 from frameloom.language.tokens import TokenModel, open_folder
 from frameloom.scale.engine import Engine
-from frameloom.scale.flover import FusedDecoder, Sampling
-from frameloom.scale.serve import Writing, _listen, application, open_served, serve
+from frameloom.scale.flover import FusedDecoder
+from frameloom.scale.messages import Writing
+from frameloom.scale.sampling import Sampling
+from frameloom.scale.serve import _listen, application, open_served, serve
 
 WORDS = 61
 

@@ -18,9 +18,10 @@ from transformers import DynamicCache, GenerationConfig, LlamaConfig, LlamaForCa
 
 from frameloom.claims.base import Result
 from frameloom.progress import Progress
-from frameloom.scale.flover import GREEDY, FusedDecoder, Request, Sampling
+from frameloom.scale.flover import FusedDecoder, Request
 from frameloom.scale.probe import CommCounter
 from frameloom.scale.ranks import local
+from frameloom.scale.sampling import GREEDY, Sampling
 from frameloom.scale.slots import minimal_moves
 from frameloom.scale.split import split
 

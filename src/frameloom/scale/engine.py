@@ -8,7 +8,8 @@ import time
 from collections import Counter
 from collections.abc import AsyncIterator, Callable, Sequence
 
-from frameloom.scale.flover import FusedDecoder, QueueFull, Request, Sampling
+from frameloom.scale.flover import FusedDecoder, QueueFull, Request
+from frameloom.scale.sampling import Sampling
 
 log = logging.getLogger("frameloom")
 
