@@ -220,7 +220,8 @@ def test_a_name_can_be_given_and_is_not_taken_twice_at_once(plain):
     asked = {"prompt": [1, 2], "max_tokens": 60, "stream": True}
     with served(plain, pause=0.05) as (url, engine):
         with httpx.stream("POST", f"{url}/v1/completions", json=asked, headers={"X-Request-Id": "mine"}) as first:
-            assert events([next(first.iter_lines())])[0]["id"] == "mine"
+            lines = first.iter_lines()
+            assert events([next(lines)])[0]["id"] == "mine"
             second = httpx.post(f"{url}/v1/completions", json=asked, headers={"X-Request-Id": "mine"})
             assert "id mine: a request of that name is under way" in second.json()["error"]["message"]
         settle(engine)

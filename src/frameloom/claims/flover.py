@@ -374,8 +374,9 @@ def _rank(rank: int, seed: int) -> tuple:
         if rank == 0:
             for i, (prompt, n) in enumerate(requests(rng, 8, 4, 12)):
                 found.append(decoder.submit(prompt, n, Sampling(0.8 * (i % 2), seed=i)))
-                time.sleep(0.01 * late.random())
-                decoder.step()
+                if i % 3 == 2:  # three come between two iterations
+                    time.sleep(0.01 * late.random())
+                    decoder.step()
             decoder.run()
             decoder.close()
         while not decoder.closed:
