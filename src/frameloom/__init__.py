@@ -30,6 +30,7 @@ _HOMES = {
     "predict": "frameloom.tasks.generation",
     "quantize": "frameloom.scale.qmoe",
     "read": "frameloom.video.reader",
+    "serve": "frameloom.scale.serve",
     "stabilize": "frameloom.tasks.stabilization",
     "train": "frameloom.training.loop",
     "write": "frameloom.video.writer",
