@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from frameloom.cli import options
+from frameloom.cli import mixture, options
 
 
 def register(app: typer.Typer) -> None:
@@ -19,6 +19,7 @@ def train(
     size: Annotated[str, typer.Option(help="tiny or paper")] = "tiny",
     data: Annotated[str, typer.Option(help="world, or KIND:DIR for data that the method knows")] = "world",
     steps: Annotated[int | None, typer.Option(help="another length than the recipe's")] = None,
+    moe: Annotated[str | None, typer.Option(help=mixture.HELP)] = None,
     begin: Annotated[Path | None, typer.Option(help="a run to begin from, at half the rates")] = None,
     workers: Annotated[int, typer.Option(help="processes that prepare batches ahead")] = 1,
     seed: options.Seed = 0,
@@ -30,9 +31,10 @@ def train(
     from frameloom.training import train as run
 
     terminal.listen()
+    config = None if moe is None else mixture.config(method, moe)
     with terminal.bar("steps") as progress:
-        folder = run(method, out, size=size, data=data, seed=seed, device=device, steps=steps, begin=begin,
-                     workers=workers, progress=progress)  # fmt: skip
+        folder = run(method, out, size=size, data=data, seed=seed, device=device, steps=steps, config=config,
+                     begin=begin, workers=workers, progress=progress)  # fmt: skip
     if json:
         terminal.emit({"method": method, "out": str(folder), "weights": str(folder / "model.safetensors")})
     else:

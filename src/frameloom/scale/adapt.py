@@ -1,7 +1,7 @@
 """What a mixture-of-experts layer costs under every parallelism that its weights allow, and which one to take.
 
-One layout of the weights serves them all (see `frameloom.scale.moe`), so that the choice is a number r, free to change at
-every step. With W devices, E experts of H hidden units over S = W/E devices each (1 if there are more experts than
+One layout of the weights serves them all (see `frameloom.scale.moe`), so that the choice is a number r, free to change
+at every step. With W devices, E experts of H hidden units over S = W/E devices each (1 if there are more experts than
 devices), C places a device and expert and b bytes a number, a device puts on the wire in the forward pass
 
     r = 0    data parallel: all weights come here      (W-1)/W  * E * P

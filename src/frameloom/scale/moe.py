@@ -292,11 +292,11 @@ class MoE(nn.Module):
         if wrapper is not None:
             names = {name for name, value in wrapper.module.named_parameters() if id(value) in own}
             if names - set(wrapper.parameters_to_ignore):
-                raise InputError("a mixture of experts inside DistributedDataParallel: it would average experts that "
-                                 "are not the same; call frameloom.scale.moe.keep_local(model) before wrapping")  # fmt: skip
+                raise InputError("a mixture of experts inside DistributedDataParallel: it averages experts that "
+                                 "differ; call frameloom.scale.moe.keep_local(model) before wrapping")  # fmt: skip
         managed = getattr(self.experts, "_is_fsdp_managed_module", False)
         if managed and not all(getattr(value, "local_expert", False) for value in self.experts.parameters()):
-            raise InputError("a mixture of experts inside fully_shard: its experts are spread over the devices already; "
+            raise InputError("a mixture of experts inside fully_shard: its experts are spread already; "
                              "pass ignored_params=set(frameloom.scale.moe.expert_parameters(model))")  # fmt: skip
 
 

@@ -62,7 +62,7 @@ class CosineGate(nn.Module):
 
 @dataclass(frozen=True)
 class Routing:
-    """Where every token goes: choice j of token t to `places[j, t]` of expert `experts[j, t]`, weighed by `gates[j, t]`.
+    """Where every token goes: choice j of token t to `places[j, t]` of `experts[j, t]`, weighed by `gates[j, t]`.
 
     `limit` places of an expert take tokens (later ones are dropped); its buffer has `size` places, rounded up so that
     it can be cut. `counts` says how many choices fell on each expert.

@@ -18,6 +18,7 @@ arXiv 2412.07730.
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -36,6 +37,7 @@ from frameloom.errors import InputError
 from frameloom.language.words import WordEncoder, Words
 from frameloom.layers.attention import Attention, rotary, sinusoid
 from frameloom.layers.patches import PatchPCA
+from frameloom.scale.moe import MoE, auxiliary
 from frameloom.training.recipe import Recipe
 from frameloom.world import VOCABULARY
 
@@ -56,6 +58,10 @@ class Config:
     distillation was made for, with the guidance baked in. `numbered` adds a learned vector for every frame to its
     tokens: rotary positions say how far apart two frames are, and a small model does not find out from them alone
     which end of the clip it is at, so that things move along the right line in either direction.
+
+    With `experts` the feed-forward network of every other block becomes a mixture of so many (`frameloom.scale.moe`),
+    of which a token meets `top_k`; `capacity` is the factor of places in training (sampling drops no token), and the
+    auxiliary loss that spreads the load is weighed by `balance`.
     """
 
     width: int
@@ -76,6 +82,10 @@ class Config:
     drop_text: float = 0.1
     drop_image: float = 0.08
     distilled: int = 0
+    experts: int = 0
+    top_k: int = 1
+    capacity: float = 1.25
+    balance: float = 0.01
 
 
 TINY = Config(width=192, depth=6, heads=6, channels=128, frames=16, side=2, text_width=128, words=len(WORDS), codec=16,
@@ -97,11 +107,13 @@ class Block(nn.Module):
     and gate from the one modulation of the whole model plus an offset of the block's own.
     """
 
-    def __init__(self, width: int, heads: int) -> None:
+    def __init__(self, width: int, heads: int, mixture: MoE | None = None) -> None:
         super().__init__()
         self.spatial, self.temporal = Attention(width, heads), Attention(width, heads)
         self.text = Attention(width, heads)
-        self.forward1, self.forward2 = nn.Linear(width, 4 * width), nn.Linear(4 * width, width)
+        self.mixture = mixture
+        if mixture is None:
+            self.forward1, self.forward2 = nn.Linear(width, 4 * width), nn.Linear(4 * width, width)
         self.offset = nn.Parameter(torch.randn(6, width) / width**0.5)
 
     def forward(
@@ -123,7 +135,13 @@ class Block(nn.Module):
         mask = None if known is None else known[:, None, None]
         x = x + _norm(self.text(y, text, mask=mask)).view_as(x)
         y = _norm(x) * (1 + scale2) + shift2
-        return x + gate2 * _norm(self.forward2(F.gelu(self.forward1(y), approximate="tanh")))
+        return x + gate2 * _norm(self._forward(y))
+
+    def _forward(self, y: Float[Tensor, "b t s d"]) -> Float[Tensor, "b t s d"]:
+        if self.mixture is None:
+            return self.forward2(F.gelu(self.forward1(y), approximate="tanh"))
+        # Who else is in the batch may cost a token its expert while learning, but never change a sample.
+        return self.mixture(y, capacity=None if self.training else 0.0)
 
 
 class Singleton(nn.Module):
@@ -164,12 +182,19 @@ class STIV(nn.Module):
         self.mask_token = nn.Parameter(torch.zeros(width))
         if config.numbered:
             self.numbers = nn.Parameter(sinusoid(torch.arange(config.frames), width, period=100.0))
-        self.blocks = nn.ModuleList(Block(width, config.heads) for _ in range(config.depth))
+        self.blocks = nn.ModuleList(Block(width, config.heads, self._mixture(number)) for number in range(config.depth))
         self.final = nn.Linear(width, 2 * width)
         self.patch_out = nn.Linear(width, config.channels * config.patch**2)
         for layer in (self.final, self.patch_out, self.modulation[1]):
             nn.init.zeros_(layer.weight)
             nn.init.zeros_(layer.bias)
+
+    def _mixture(self, number: int) -> MoE | None:
+        c = self.config
+        if not c.experts or number % 2 == 0:
+            return None
+        return MoE(c.width, 4 * c.width, c.experts, top_k=c.top_k, capacity=c.capacity,
+                   activation=partial(F.gelu, approximate="tanh"))  # fmt: skip
 
     def forward(
         self,
@@ -357,7 +382,7 @@ class STIV(nn.Module):
             error = (out - x0).square() / spread(t.clamp(min=0.3) ** 2, x0)
         else:
             error = (out - (eps - x0)).square()
-        return masked_mean(error, ~given)
+        return masked_mean(error, ~given) + c.balance * auxiliary(self).to(x0.device)
 
     def _keep(self, x: Tensor) -> Tensor | None:
         """Random spatial tokens for the main blocks, the same in every frame; None when all are kept."""
