@@ -2,7 +2,9 @@
 
 import random
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from itertools import product
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -27,7 +29,7 @@ SIZES = {"dim": 16, "hidden": 24, "top_k": 2, "capacity": 1.0}  # about a tenth 
 def run(*, seed: int, retrain: bool, progress: Progress) -> Result:
     """Equality of all strategies, what they send and how long they take, encode and decode, and quality."""
     checks, rows, notes = {}, [], []
-    worst = difference(seed, experts=2)
+    worst = difference(seed, [{"experts": 2}])[0]
     checks |= {f"r={r} is the dense einsum": error < 1e-11 for r, error in worst.items()}
     progress("claim", 1, 5)
     switch = local(switching, RANKS, seed)[0]
@@ -83,21 +85,21 @@ def run(*, seed: int, retrain: bool, progress: Progress) -> Result:
 # --- exactness -------------------------------------------------------------------------------------------------------
 
 
-def layer_of(experts: int, seed: int, mesh: object = None, **settings: object) -> MoE:
+def layer_of(seed: int, mesh: dist.ProcessGroup | None = None, experts: int = 2, **settings: Any) -> MoE:
     """The same layer on every rank, its own part of it, in double precision."""
     torch.manual_seed(seed)
     return MoE(experts=experts, mesh=mesh, **(SIZES | settings)).double()
 
 
-def tokens_of(rank: int, seed: int, count: int = 24) -> Tensor:
+def tokens_of(rank: int, seed: int, count: int = 24, dim: int = SIZES["dim"]) -> Tensor:
     rng = torch.Generator().manual_seed(1000 * seed + rank)
-    return torch.randn(count, SIZES["dim"], dtype=torch.float64, generator=rng)
+    return torch.randn(count, dim, dtype=torch.float64, generator=rng)
 
 
 def einsum_layer(layer: MoE, x: Tensor) -> tuple[Tensor, Tensor]:
     """The layer on one device by GShard's dense masks, and its auxiliary loss."""
     logits = layer.gate(x)
-    routing = route(logits, layer.top_k, layer.capacity)
+    routing = route(logits, layer.top_k, layer.capacity, prioritised=layer.prioritised)
     ones, gates = dispatch_mask(routing)
     own = layer.experts
     h = layer.activation(torch.einsum("tec,td,ehd->ech", ones, x, own.w1) + own.b1[:, None])
@@ -105,41 +107,48 @@ def einsum_layer(layer: MoE, x: Tensor) -> tuple[Tensor, Tensor]:
     return torch.einsum("tec,ecd->td", gates, y), balance_loss(logits, routing)
 
 
-def every_strategy(rank: int, experts: int, seed: int, overlaps: tuple, nodes: tuple, settings: dict) -> dict:
+def every_strategy(rank: int, case: dict, seed: int, overlaps: Sequence[int], nodes: Sequence[int]) -> dict:
     """Output, input gradient and averaged gradients of this rank, for all r, overlaps and hops."""
-    layer = layer_of(experts, seed, dist.group.WORLD, node=max(nodes), **settings)
+    layer = layer_of(seed, dist.group.WORLD, node=max(nodes), **case)
     found = {}
-    for r in layer.shape.degrees:
-        for overlap in overlaps:
-            for node in nodes:
-                x = tokens_of(rank, seed).requires_grad_()
-                layer.zero_grad()
-                y = layer(x, r=r, overlap=overlap, node=node)
-                (y.square().sum() + auxiliary(layer)).backward()
-                average_gradients(layer, dist.group.WORLD)
-                state = {name: value.grad.clone() for name, value in layer.named_parameters()}
-                found[r, overlap, node] = {"y": y.detach(), "x": x.grad, "state": state}
+    for r, overlap, node in product(layer.shape.degrees, overlaps, nodes):
+        x = tokens_of(rank, seed, dim=layer.shape.dim).requires_grad_()
+        layer.zero_grad()
+        y = layer(x, r=r, overlap=overlap, node=node)
+        (y.square().sum() + auxiliary(layer)).backward()
+        average_gradients(layer, dist.group.WORLD)
+        state = {name: value.grad.clone() for name, value in layer.named_parameters()}
+        found[r, overlap, node] = {"y": y.detach(), "x": x.grad, "state": state}
     return found
 
 
-def difference(seed: int, experts: int, overlaps: tuple = (1,), nodes: tuple = (1,), ranks: int = RANKS,
-               **settings: object) -> dict[int, float]:  # fmt: skip
-    """For every r the largest difference to the einsum on one device: outputs, input gradients, all gradients."""
-    layer = layer_of(experts, seed, **settings)
+def every_case(rank: int, cases: Sequence[dict], *rest: Any) -> list[dict]:
+    return [every_strategy(rank, case, *rest) for case in cases]
+
+
+def difference(seed: int, cases: Sequence[dict], overlaps: Sequence[int] = (1,), nodes: Sequence[int] = (1,),
+               ranks: int = RANKS) -> list[dict[int, float]]:  # fmt: skip
+    """For every case (settings of a layer) and r the largest difference to the einsum on one device: of outputs, input
+    gradients, and the gradients of all parameters.
+    """
+    found = local(every_case, ranks, cases, seed, overlaps, nodes)
+    return [_worst(seed, case, [parts[number] for parts in found]) for number, case in enumerate(cases)]
+
+
+def _worst(seed: int, case: dict, parts: Sequence[dict]) -> dict[int, float]:
+    layer = layer_of(seed, **case)
     wanted = []
-    for rank in range(ranks):
-        x = tokens_of(rank, seed).requires_grad_()
+    for rank in range(len(parts)):
+        x = tokens_of(rank, seed, dim=layer.shape.dim).requires_grad_()
         y, loss = einsum_layer(layer, x)
-        ((y.square().sum() + loss) / ranks).backward()
-        wanted.append((y.detach(), x.grad * ranks))
-    own = {name: value.grad for name, value in layer.named_parameters()}
-    parts = local(every_strategy, ranks, experts, seed, overlaps, nodes, settings)
+        ((y.square().sum() + loss) / len(parts)).backward()
+        wanted.append((y.detach(), x.grad * len(parts)))
     worst: dict[int, float] = {}
     for key in parts[0]:
-        pairs = [(part[key]["y"], y) for part, (y, _) in zip(parts, wanted, strict=True)]
-        pairs += [(part[key]["x"], gradient) for part, (_, gradient) in zip(parts, wanted, strict=True)]
-        joined = join([part[key]["state"] for part in parts], experts)
-        pairs += [(joined[name], value) for name, value in own.items()]
+        joined = join([part[key]["state"] for part in parts], layer.shape.experts)
+        pairs = [(joined[name], value.grad) for name, value in layer.named_parameters()]
+        for part, (y, gradient) in zip(parts, wanted, strict=True):
+            pairs += [(part[key]["y"], y), (part[key]["x"], gradient)]
         worst[key[0]] = max(worst.get(key[0], 0.0), *(float((a - b).abs().max()) for a, b in pairs))
     return worst
 
@@ -153,10 +162,10 @@ def switching(rank: int, seed: int, steps: int = 20) -> dict:
     still = formula = True
     sent: dict[str, list[int]] = {}
     for name, plan in plans.items():
-        layer = layer_of(2, seed, dist.group.WORLD)
+        layer = layer_of(seed, dist.group.WORLD)
         places = [value.data_ptr() for value in layer.experts.parameters()]
         optimiser = torch.optim.SGD(layer.parameters(), lr=0.1)
-        x, target = tokens_of(rank, seed), tokens_of(rank, seed + 1)
+        x, target = tokens_of(rank, seed).requires_grad_(), tokens_of(rank, seed + 1)
         for r in plan:
             optimiser.zero_grad()
             with CommCounter() as counter:

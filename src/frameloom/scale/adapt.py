@@ -113,7 +113,7 @@ class Links:
     far_rate: float = 25e9
 
 
-def all_to_all_seconds(devices: int, size: float, links: Links, two_hops: bool = False) -> float:
+def all_to_all_seconds(devices: int, size: float | int, links: Links, two_hops: bool = False) -> float:
     """Simulated time of an all-to-all of `size` bytes a device: a message to every other device, one after another."""
     node = min(links.node, devices)
     nodes, piece = devices // node, size / devices
@@ -124,7 +124,7 @@ def all_to_all_seconds(devices: int, size: float, links: Links, two_hops: bool =
             + (devices - node) * (links.far_latency + piece / links.far_rate))  # fmt: skip
 
 
-def gather_seconds(devices: int, size: float, links: Links) -> float:
+def gather_seconds(devices: int, size: float | int, links: Links) -> float:
     """Simulated time of a ring all-gather to `size` bytes in all; a ring is as slow as its slowest link."""
     near = devices <= links.node
     latency, rate = (links.near_latency, links.near_rate) if near else (links.far_latency, links.far_rate)

@@ -117,13 +117,17 @@ def gather(x: Tensor, group: Group) -> Tensor:
 
 @dataclass
 class Stale:
-    """Borders on their way, for a `halo` that does not wait: those of the step before, one `Stale` a layer."""
+    """Borders on their way, for a `halo` that does not wait: those of the step before, one `Stale` a layer.
+
+    After the last step `take` what is still on its way: a message that nobody takes blocks its group.
+    """
 
     works: list = field(default_factory=list)
     borders: tuple[Tensor, Tensor] | None = None
     sent: tuple[Tensor, Tensor] | None = None  # kept until they have left
 
     def take(self) -> tuple[Tensor, Tensor] | None:
+        """Wait for the borders on their way; None if there are none."""
         for work in self.works:
             work.wait()
         found, self.works, self.borders, self.sent = self.borders, [], None, None

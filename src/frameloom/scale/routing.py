@@ -171,7 +171,7 @@ def encode(x: Float[Tensor, "t d"], routing: Routing, weighed: bool = False) -> 
 def decode(y: Float[Tensor, "e c d"], routing: Routing, weighed: bool = False) -> Float[Tensor, "t d"]:
     """The sum of what a token's experts made of it, by its gates (or without them, if they were `weighed` before)."""
     rows = routing.rows.clamp(max=len(routing.counts) * routing.size - 1)
-    found = y.flatten(0, 1)[rows.flatten()].view(*rows.shape, -1)
+    found = y.flatten(0, 1)[rows.flatten()].view(*rows.shape, y.shape[-1])
     weights = routing.kept.to(y.dtype) if weighed else routing.gates.to(y.dtype) * routing.kept
     return (found * weights[..., None]).sum(0)
 
