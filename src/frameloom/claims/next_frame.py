@@ -9,7 +9,8 @@ from frameloom.progress import Progress
 from frameloom.scale.moe import MoE, auxiliary, layers
 from frameloom.world import WorldDataset
 
-STEPS = 400
+STEPS = 800
+RATE = 3e-3
 
 
 class NextFrame(nn.Module):
@@ -46,14 +47,14 @@ def triples(seed: int, count: int) -> tuple[Tensor, Tensor]:
 
 def quality(seed: int, progress: Progress) -> dict[str, dict[str, float]]:
     """Held-out error of the next frame over that of copying the last, and how evenly experts are used."""
-    (x, y), (held, wanted) = triples(7_000 + seed, 384), triples(970_000 + seed, 96)
+    (x, y), (held, wanted) = triples(7_000 + seed, 768), triples(970_000 + seed, 96)
     arms = {"dense": (0, 0.0), "8 experts": (8, 0.01), "8 experts, no auxiliary loss": (8, 0.0)}
     found = {}
     for name, (experts, weight) in arms.items():
         torch.manual_seed(seed)
         model = NextFrame(experts)
-        optimiser = torch.optim.AdamW(model.parameters(), 2e-3, weight_decay=0.0)
-        rate = torch.optim.lr_scheduler.OneCycleLR(optimiser, 2e-3, total_steps=STEPS)
+        optimiser = torch.optim.AdamW(model.parameters(), RATE, weight_decay=0.0)
+        rate = torch.optim.lr_scheduler.OneCycleLR(optimiser, RATE, total_steps=STEPS)
         rng = torch.Generator().manual_seed(seed)
         for step in range(STEPS):
             chosen = torch.randint(len(x), (32,), generator=rng)
