@@ -185,6 +185,10 @@ class Tuner:
         self.best[bucket] = self.candidates[int(slowest.argmin())]
         return self.best[bucket]
 
+    def settled(self, capacity: int) -> bool:
+        """Whether the search for this load is over."""
+        return self.bucket(capacity) in self.best
+
     def record(self, capacity: int, strategy: Strategy, seconds: float) -> None:
         """How long a run of `choose`'s strategy took."""
         bucket = self.bucket(capacity)

@@ -100,7 +100,7 @@ class MoE(nn.Module):
     Args:
         capacity: places of an expert, as a factor; 0 drops none; see `frameloom.scale.routing.route`.
         gate: `"linear"` or `"cosine"`.
-        noise: deviation of the training noise on the logits, times the number of experts.
+        noise: in training, noise of deviation `noise` / experts is added to the logits.
         balance: the auxiliary loss: `"share"` (GShard's) or `"load"` (importance and load; needs `noise`).
         r: `"auto"` takes the one that sends least for the load at hand; or a number.
         node: neighbouring ranks of a node, where tokens shall go in two hops: inside the node, then between nodes.
@@ -157,9 +157,9 @@ class MoE(nn.Module):
 
     def _place(self, shape: Shape, ranks: Ranks) -> None:
         """Learn which devices there are, and join every group that a strategy needs: a switch must not make any."""
-        self.shape, self.ranks = replace(shape, devices=ranks.size), ranks
-        if ranks.size % self.node or self.node < 1:
+        if self.node < 1 or ranks.size % self.node:
             raise InputError(f"node={self.node}: {ranks.size} devices are not made of nodes of so many")
+        self.shape, self.ranks = replace(shape, devices=ranks.size), ranks
         for r in self.shape.degrees[1:]:
             ranks.inside(self.shape.shards // r)
         if self.node > 1:
@@ -191,8 +191,9 @@ class MoE(nn.Module):
         logits = clean
         if self.training and self.noise:
             logits = clean + torch.randn_like(clean) * (self.noise / self.shape.experts)
-        # Sizes that every strategy can cut: the places of one and the same token do not depend on the one taken.
-        multiple = self.shape.shards * (overlap or max((one.overlap for one in self._candidates()), default=1))
+        # A size that every strategy at hand can cut.
+        overlaps = [one.overlap for one in self.tuner.candidates] if self.tuner else []
+        multiple = self.shape.shards * math.lcm(overlap or 1, *overlaps)
         routing = route(logits, k, factor, multiple=multiple, prioritised=self.prioritised, normalise=self.normalise,
                         group=self.ranks.group)  # fmt: skip
         self.routing = replace(routing, gates=routing.gates.detach())
@@ -200,23 +201,20 @@ class MoE(nn.Module):
             self.auxiliary = balance_loss(logits, routing) if self.balance == "share" else importance_load_loss(
                 clean, logits, k, self.noise)  # fmt: skip
         strategy, timed = self._strategy(routing.size, r, overlap, node)
-        begun = time.perf_counter()
+        begun = _now(tokens) if timed else 0.0
         if self._fits_grouped(tokens, factor, strategy):
             y = self._grouped(tokens, routing, self._weights(0))
         else:
             y = encode(tokens, routing, self.weighed_first)
             y = decode(self._run(y, strategy), routing, self.weighed_first)
         if timed:
-            self.tuner.record(routing.size, strategy, time.perf_counter() - begun)
+            self.tuner.record(routing.size, strategy, _now(y) - begun)
         return y.view_as(x)
-
-    def _candidates(self) -> tuple[Strategy, ...]:
-        return self.tuner.candidates if self.tuner else ()
 
     def _strategy(self, size: int, r: int | None, overlap: int | None, node: int | None) -> tuple[Strategy, bool]:
         """What to run, and whether the tuner wants to know how long it took."""
         if self.tuner and r is None and overlap is None and node is None:
-            return self.tuner.choose(size), True
+            return self.tuner.choose(size), not self.tuner.settled(size)
         if r is None:
             r = cheapest(self.shape, size) if self.r == "auto" else self.r
         found = Strategy(self.shape.check(r), overlap or 1, node or self.node)
@@ -227,14 +225,13 @@ class MoE(nn.Module):
     def _weights(self, r: int) -> Weights:
         """The weights that r computes with, gathered where it needs more than there are."""
         own, shape, ranks = self.experts, self.shape, self.ranks
-        parts = own.w1, own.w2, own.b1
         if r == 0:
-            w1, w2 = (gather(part, ranks.group).reshape(shape.experts, -1, shape.dim) for part in parts[:2])
+            w1, w2 = (gather(part, ranks.group).reshape(shape.experts, -1, shape.dim) for part in (own.w1, own.w2))
             b1, b2 = (gather(part, ranks.group).reshape(shape.experts, -1) for part in (own.b1, own.b2))
             return w1, w2, b1, b2[:, : shape.dim]
         if shape.shards == 1:
             return own.w1, own.w2, own.b1, own.b2
-        w1, w2 = (gather(part, ranks.inside(shape.shards // r)).view(1, -1, shape.dim) for part in parts[:2])
+        w1, w2 = (gather(part, ranks.inside(shape.shards // r)).view(1, -1, shape.dim) for part in (own.w1, own.w2))
         b1 = gather(own.b1, ranks.inside(shape.shards // r)).view(1, -1)
         b2 = gather(own.b2, ranks.inside(shape.shards)).view(1, -1)[:, : shape.dim]
         return w1, w2, b1, b2 / r  # r partial results are summed: each brings its part of the offset
@@ -249,7 +246,7 @@ class MoE(nn.Module):
         sent = []
         for chunk in y.chunk(strategy.overlap, 1):
             if shape.shards > 1:
-                chunk = chunk.repeat(1, r, 1).reshape(shape.devices, -1, shape.dim)
+                chunk = chunk.repeat(1, r, 1)
             chunk = chunk.reshape(shape.devices, shape.own, -1, shape.dim)
             sent.append(exchange(chunk, self.ranks, strategy.node))
         done = (apart(self._network(beside(chunk), weights), shape.devices) for chunk in sent)
@@ -298,6 +295,13 @@ class MoE(nn.Module):
         if managed and not all(getattr(value, "local_expert", False) for value in self.experts.parameters()):
             raise InputError("a mixture of experts inside fully_shard: its experts are spread already; "
                              "pass ignored_params=set(frameloom.scale.moe.expert_parameters(model))")  # fmt: skip
+
+
+def _now(x: Tensor) -> float:
+    """The time in seconds at which everything before on the device of `x` is done."""
+    if x.is_cuda:
+        torch.cuda.synchronize(x.device)
+    return time.perf_counter()
 
 
 def layers(model: nn.Module) -> Iterator[MoE]:
