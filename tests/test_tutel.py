@@ -249,6 +249,13 @@ def _odd_loads(rank):
         y = layer(x, r=r, capacity=0.0)
         (y.square().sum() + auxiliary(layer)).backward()
         found[r] = y.detach(), x.grad
+    assert torch.equal(copy.deepcopy(layer).eval()(x), layer(x)), "a copy speaks to the same ranks"
+    auxiliary(layer)
+    spare = nn.Linear(2, 1, bias=False)
+    if rank == 1:
+        spare(torch.ones(1, 2)).sum().backward()
+    average_gradients(spare, dist.group.WORLD)
+    assert spare.weight.grad.tolist() == [[0.25, 0.25]]
     bad = claim.tokens_of(rank, 0)
     if rank == 2:
         bad[3, 1] = float("nan")
