@@ -17,7 +17,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
 from frameloom.claims import tutel as claim
-from frameloom.cli import mixture
+from frameloom.cli import mixture, models
 from frameloom.errors import InputError
 from frameloom.scale.adapt import Links, Shape, Strategy, Tuner, all_to_all_seconds, cheapest, crossings, seconds, wire
 from frameloom.scale.expert_states import distribute, from_tutel, join, read_tutel, spread, whole
@@ -601,6 +601,12 @@ class _Clips:
 def test_the_flag_says_what_is_wrong(flag, message):
     with pytest.raises(InputError, match=message):
         mixture.config("stiv", flag)
+
+
+def test_experts_and_a_mesh_together_are_refused(tmp_path):
+    with pytest.raises(InputError, match="--moe: goes without --parallel"):
+        models.train("stiv", tmp_path / "run", moe="experts=4", parallel="pp=1")
+    assert not (tmp_path / "run").exists()
 
 
 def test_a_method_without_such_layers_is_refused(tmp_path):

@@ -26,6 +26,7 @@ _HOMES = {
     "interpolate": "frameloom.tasks.interpolation",
     "live": "frameloom.tasks.editing",
     "load": "frameloom.training.pretrained",
+    "plan": "frameloom.scale.plan",
     "predict": "frameloom.tasks.generation",
     "read": "frameloom.video.reader",
     "stabilize": "frameloom.tasks.stabilization",

@@ -260,7 +260,7 @@ def parse_scenes(text: str) -> list[tuple[str, int]]:
     return scenes
 
 
-def parse_bytes(text: str) -> int:
+def parse_bytes(text: str, flag: str = "--memory-budget") -> int:
     """`2GB`, `500MB`, `1.5g` as bytes."""
     from frameloom.errors import InputError
 
@@ -271,5 +271,5 @@ def parse_bytes(text: str) -> int:
     except ValueError:
         value = 0
     if value <= 0:
-        raise InputError(f"--memory-budget {text}: an amount of memory is such as 2GB or 500MB")
+        raise InputError(f"{flag} {text}: an amount is such as 2GB or 500MB")
     return value

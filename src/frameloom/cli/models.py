@@ -22,19 +22,38 @@ def train(
     moe: Annotated[str | None, typer.Option(help=mixture.HELP)] = None,
     begin: Annotated[Path | None, typer.Option(help="a run to begin from, at half the rates")] = None,
     workers: Annotated[int, typer.Option(help="processes that prepare batches ahead")] = 1,
+    parallel: Annotated[
+        str | None,
+        typer.Option(help="over many ranks, under torchrun: pp=2,tp=1,dp=1,schedule=1f1b,microbatches=8,..."),
+    ] = None,
     seed: options.Seed = 0,
     device: options.Device = "cpu",
     json: options.Json = False,
 ) -> None:
     """Train a method; the same command again goes on after a stop and ends in the same weights."""
+    import os
+
     from frameloom.cli import terminal
-    from frameloom.training import train as run
+    from frameloom.errors import InputError
 
     terminal.listen()
-    config = None if moe is None else mixture.config(method, moe)
+    settings = {"size": size, "data": data, "seed": seed, "device": device, "steps": steps}
     with terminal.bar("steps") as progress:
-        folder = run(method, out, size=size, data=data, seed=seed, device=device, steps=steps, config=config,
-                     begin=begin, workers=workers, progress=progress)  # fmt: skip
+        if parallel is not None:
+            from frameloom.scale.train import train as spread
+
+            if begin is not None:
+                raise InputError("--begin: goes without --parallel")
+            if moe is not None:
+                raise InputError("--moe: goes without --parallel")
+            folder = spread(method, out, parallel=parallel, progress=progress, **settings)
+        else:
+            from frameloom.training import train as run
+
+            config = None if moe is None else mixture.config(method, moe)
+            folder = run(method, out, config=config, begin=begin, workers=workers, progress=progress, **settings)
+    if os.environ.get("RANK", "0") != "0":
+        return
     if json:
         terminal.emit({"method": method, "out": str(folder), "weights": str(folder / "model.safetensors")})
     else:

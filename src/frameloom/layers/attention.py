@@ -61,13 +61,13 @@ class Attention(nn.Module):
 
     def __init__(self, width: int, heads: int, context: int | None = None, qk_norm: bool = True) -> None:
         super().__init__()
-        self.heads = heads
+        self.heads, self.head = heads, width // heads
         self.to_q = nn.Linear(width, width)
         self.to_k = nn.Linear(context or width, width)
         self.to_v = nn.Linear(context or width, width)
         self.out = nn.Linear(width, width)
-        self.norm_q = RMSNorm(width // heads) if qk_norm else nn.Identity()
-        self.norm_k = RMSNorm(width // heads) if qk_norm else nn.Identity()
+        self.norm_q = RMSNorm(self.head) if qk_norm else nn.Identity()
+        self.norm_k = RMSNorm(self.head) if qk_norm else nn.Identity()
 
     def forward(
         self,
@@ -78,7 +78,8 @@ class Attention(nn.Module):
     ) -> Float[Tensor, "b n d"]:
         """`positions` are `rotary` tables for queries and keys; `mask` is true where a key may be seen."""
         source = x if context is None else context
-        q, k, v = (rearrange(layer(part), "b n (h d) -> b h n d", h=self.heads)
+        # By the width of a head, not by their number: tensor parallelism leaves a rank some of the heads.
+        q, k, v = (rearrange(layer(part), "b n (h d) -> b h n d", d=self.head)
                    for layer, part in ((self.to_q, x), (self.to_k, source), (self.to_v, source)))  # fmt: skip
         q, k = self.norm_q(q), self.norm_k(k)
         if positions is not None:

@@ -16,6 +16,9 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+# Seconds that the others get, once a rank has died, to notice and say so before they are stopped.
+PATIENCE = 0.0
+
 
 class RankFailed(RuntimeError):
     """A rank died, raised or did not answer in time; the message names it and carries its traceback."""
@@ -37,16 +40,20 @@ def local(function: Callable[..., Any], world: int, *args: Any, timeout: float =
         for rank in range(world):
             mine, theirs = context.Pipe(duplex=False)
             work = (theirs, function, rank, world, f"{folder}/store", timeout, args)
-            process = context.Process(target=_rank, args=work, daemon=True)
+            process = context.Process(target=_rank, args=work)
             process.start()
             theirs.close()
             ends.append(mine)
             ranks.append(process)
         try:
             return _collect(ends, timeout)
+        except RankFailed:
+            for process in ranks:
+                process.join(PATIENCE)
+            raise
         finally:
             for process in ranks:
-                process.kill() if process.is_alive() else None
+                process.kill()
                 process.join()
 
 

@@ -53,7 +53,7 @@ class Trainable(Protocol):
     def loss(self, batch: dict[str, Tensor]) -> Tensor: ...
 
 
-class _Steps(Dataset):
+class Steps(Dataset):
     """The batch of every step, as a map-style data set, so that a worker process can render ahead."""
 
     def __init__(self, data: Batches, recipe: Recipe) -> None:
@@ -136,17 +136,17 @@ def train(
     if hasattr(model, "prepare") and not (out / "state.safetensors").is_file():
         model.prepare(dataset)
     if start is not None:
-        _adopt(model, start)
+        adopt(model, start)
     begun = time.monotonic()
     kept, done = fit(model, dataset, recipe, out, seed=seed, device=device, workers=workers, save_every=save_every,
                      progress=progress)  # fmt: skip
     if done or not (out / "model.safetensors").is_file():
         save_pretrained(kept, method, out)
-        (out / "README.md").write_text(_readme(run, time.monotonic() - begun, kept))
+        (out / "README.md").write_text(readme(run, time.monotonic() - begun, kept))
     return out
 
 
-def _adopt(model: nn.Module, start: nn.Module) -> None:
+def adopt(model: nn.Module, start: nn.Module) -> None:
     """Take over every parameter and buffer that both have. Raises InputError where one has another shape."""
     given, own = start.state_dict(), model.state_dict()
     for name, value in given.items():
@@ -189,17 +189,17 @@ def fit(
     model.train()
     if recipe.channels_last:
         model.to(memory_format=torch.channels_last)
-    optimisers = _optimisers(model, recipe)
+    optimisers = optimisers_of(model, recipe)
     average = copy.deepcopy(model).eval() if recipe.ema else None
     start = _restore(out, model, average, optimisers)
     if start >= recipe.steps:
         progress(label, recipe.steps, recipe.steps)
         return (average if average is not None else model.eval()), 0
-    _forget_after(out / "metrics.jsonl", start)
+    forget_after(out / "metrics.jsonl", start)
     model, *optimisers = accelerator.prepare(model, *optimisers)
     if average is not None:
         average.to(accelerator.device)
-    batches = DataLoader(_Steps(dataset, recipe), batch_size=None,
+    batches = DataLoader(Steps(dataset, recipe), batch_size=None,
                          sampler=range(start, recipe.steps), num_workers=workers,
                          prefetch_factor=4 if workers else None, persistent_workers=workers > 0)  # fmt: skip
 
@@ -229,7 +229,7 @@ def fit(
                     optimiser.step()
                     optimiser.zero_grad(set_to_none=True)
                 if average is not None:
-                    _blend(average, accelerator.unwrap_model(model), recipe.ema, step)
+                    blend(average, accelerator.unwrap_model(model), recipe.ema, step)
                 if step % 50 == 0 or step + 1 == recipe.steps:
                     row = {"step": step, "loss": round(error.item(), 6), "lr": rate, "norm": round(float(norm), 4),
                            "seconds": round(time.monotonic() - begun, 1)}  # fmt: skip
@@ -264,7 +264,7 @@ def claim_folder(out: Path, run: dict) -> None:
         note.write_text(text)
 
 
-def _optimisers(model: nn.Module, recipe: Recipe) -> list[torch.optim.Optimizer]:
+def optimisers_of(model: nn.Module, recipe: Recipe) -> list[torch.optim.Optimizer]:
     """AdamW for everything; with `recipe.muon`, Muon for the matrices of `model.blocks` in its place.
 
     `share` of a group is its rate over the recipe's. Muon: K. Jordan et al., kellerjordan.github.io/posts/muon, 2024.
@@ -295,7 +295,7 @@ def _restore(out: Path, model: nn.Module, average: nn.Module | None, optimisers)
     return int(facts["step"])
 
 
-def _forget_after(log: Path, step: int) -> None:
+def forget_after(log: Path, step: int) -> None:
     """Drop the rows of steps that will be run again."""
     if log.is_file():
         rows = [row for row in log.read_text().splitlines() if row and json.loads(row)["step"] < step]
@@ -303,7 +303,7 @@ def _forget_after(log: Path, step: int) -> None:
 
 
 @torch.no_grad()
-def _blend(average: nn.Module, model: nn.Module, decay: float, step: int) -> None:
+def blend(average: nn.Module, model: nn.Module, decay: float, step: int) -> None:
     """Exponential average; short while young, so that the first weights are soon forgotten."""
     weight = min(decay, (1 + step) / (10 + step))
     for kept, fresh in zip(average.state_dict().values(), model.state_dict().values(), strict=True):
@@ -313,7 +313,7 @@ def _blend(average: nn.Module, model: nn.Module, decay: float, step: int) -> Non
             kept.copy_(fresh)
 
 
-def _readme(run: dict, seconds: float, model: nn.Module) -> str:
+def readme(run: dict, seconds: float, model: nn.Module) -> str:
     count = sum(parameter.numel() for parameter in model.parameters())
     changed = ", ".join(f"{name} = {value}" for name, value in run.get("config", {}).items())
     changed = f" with {changed}" if changed else ""

@@ -34,10 +34,11 @@ from frameloom.diffusion.objective import LogitNormal, masked_mean
 from frameloom.diffusion.paths import Flow, spread
 from frameloom.diffusion.step import DPMpp2M, Grids
 from frameloom.errors import InputError
-from frameloom.language.words import WordEncoder, Words
+from frameloom.language.words import PAD, WordEncoder, Words
 from frameloom.layers.attention import Attention, rotary, sinusoid
 from frameloom.layers.patches import PatchPCA
 from frameloom.scale.moe import MoE, auxiliary
+from frameloom.scale.partition import Part
 from frameloom.training.recipe import Recipe
 from frameloom.world import VOCABULARY
 
@@ -100,6 +101,11 @@ def _norm(x: Tensor) -> Tensor:
     return F.layer_norm(x, x.shape[-1:])
 
 
+def _places(keep: Int[Tensor, "b t k"], tokens: Float[Tensor, "b t s d"]) -> Int[Tensor, "b t k d"]:
+    """The numbers of kept tokens, as an index for `gather` and `scatter`."""
+    return keep[..., None].expand(-1, -1, -1, tokens.shape[-1])
+
+
 class Block(nn.Module):
     """Sandwich-normed spatial attention, temporal attention, attention to the text, and a feed-forward network.
 
@@ -157,8 +163,9 @@ class Singleton(nn.Module):
         self.micro = nn.ModuleList(mlp(256) for _ in range(micro))
 
     def forward(self, t: Tensor, sentence: Tensor, micro: Tensor) -> Float[Tensor, "b d"]:
-        parts = [self.time(sinusoid(1000 * t, 256)), self.sentence(sentence)]
-        parts += [mlp(sinusoid(value, 256)) for mlp, value in zip(self.micro, micro.unbind(1), strict=True)]
+        kind = self.time[0].weight.dtype
+        parts = [self.time(sinusoid(1000 * t, 256).to(kind)), self.sentence(sentence)]
+        parts += [mlp(sinusoid(value, 256).to(kind)) for mlp, value in zip(self.micro, micro.unbind(1), strict=True)]
         return sum(_norm(part) for part in parts)
 
 
@@ -213,9 +220,21 @@ class STIV(nn.Module):
             stride: frames of the world between two frames of the clip, 1 when None.
             keep: numbers of the spatial tokens that the main blocks see, for training on a part of them.
         """
+        size = x.shape[-2] // self.config.patch, x.shape[-1] // self.config.patch
+        carry = self._enter(x, t=t, vectors=text, known=known, stride=stride, keep=keep)
+        for number in range(self.config.depth):
+            carry = self._block(number, size, *carry, known=known, keep=keep)
+        return self._leave(size, carry[0], carry[3])
+
+    # The network as a row of steps, so that it can be cut anywhere between them (see `pipeline_blocks`). What goes from
+    # one to the next is (tokens, modulation, text, whole); `given` is what everyone has.
+
+    def _enter(self, x: Tensor, *, t: Tensor, known: Tensor, vectors: Tensor | None = None,
+               stride: Tensor | None = None, keep: Tensor | None = None,
+               **given: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
         c = self.config
         b, frames, _, height, width = x.shape
-        rows, columns = height // c.patch, width // c.patch
+        text = self.encoder(given["ids"])[0] if vectors is None else vectors
         tokens = self.patch_in(rearrange(x, "b t c (h p) (w q) -> b t (h w) (c p q)", p=c.patch, q=c.patch))
         micro = torch.tensor([height, width, 0, 0, 1, frames], dtype=torch.float32, device=x.device)
         micro = micro[: c.micro].repeat(b, 1)
@@ -225,23 +244,31 @@ class STIV(nn.Module):
         sentence = text[torch.arange(b, device=x.device), last]
         whole = self.singleton(t, sentence, micro).to(tokens.dtype)
         modulation = rearrange(self.modulation(whole), "b (k d) -> b k d", k=6)
-        text = self.text_in(text)
-        space, time = self._positions(rows, columns, frames, x.device)
         if c.numbered:
             tokens = tokens + self._numbers(frames)[:, None].to(tokens.dtype)
-        seen = tokens
         if keep is not None:
-            index = keep[..., None].expand(-1, -1, -1, tokens.shape[-1])
-            seen = tokens.gather(2, index)
-        for number, block in enumerate(self.blocks):
-            if keep is not None and number == c.depth - c.restore:
-                seen = self.mask_token.to(seen.dtype).expand_as(tokens).scatter(2, index, seen)
+            tokens = tokens.gather(2, _places(keep, tokens))
+        return tokens, modulation, self.text_in(text), whole
+
+    def _block(self, number: int, size: tuple[int, int], tokens: Tensor, modulation: Tensor, text: Tensor,
+               whole: Tensor, *, known: Tensor, keep: Tensor | None = None,
+               **_: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+        c = self.config
+        if keep is not None and number == c.depth - c.restore:
+            b, frames, _, width = tokens.shape
+            blank = self.mask_token.to(tokens.dtype).expand(b, frames, size[0] * size[1], width)
+            tokens = blank.scatter(2, _places(keep, tokens), tokens)
+        space, time = self._positions(*size, tokens.shape[1], tokens.device)
+        if tokens.shape[2] != size[0] * size[1]:
             # All frames of a clip keep the same places, so that time still runs through each of them.
-            here = space if seen.shape[2] == tokens.shape[2] else tuple(part[keep[0, 0]] for part in space)
-            seen = block(seen, modulation, text, known, here, time)
+            space = tuple(part[keep[0, 0]] for part in space)
+        return self.blocks[number](tokens, modulation, text, known, space, time), modulation, text, whole
+
+    def _leave(self, size: tuple[int, int], tokens: Tensor, whole: Tensor) -> Float[Tensor, "b t c h w"]:
         shift, scale = self.final(F.silu(whole))[:, None, None].chunk(2, -1)
-        out = self.patch_out(_norm(seen) * (1 + scale) + shift)
-        return rearrange(out, "b t (h w) (c p q) -> b t c (h p) (w q)", h=rows, p=c.patch, q=c.patch)
+        out = self.patch_out(_norm(tokens) * (1 + scale) + shift)
+        p = self.config.patch
+        return rearrange(out, "b t (h w) (c p q) -> b t c (h p) (w q)", h=size[0], p=p, q=p)
 
     def _numbers(self, frames: int) -> Float[Tensor, "t d"]:
         """The vectors of the frames; of a longer clip drawn together, of a shorter one the first."""
@@ -365,24 +392,75 @@ class STIV(nn.Module):
         `batch` holds `video` `(b, t, 3, h, w)` (or `latents`), `ids` (or `text` and `known`), and `given` `(b, t)`,
         the frames that stand clean in the input.
         """
+        carry, given = self.pipeline_batch(batch)
+        for block in self.pipeline_blocks():
+            carry = block(*carry, **given)
+        return carry[0] + self.config.balance * auxiliary(self) if self.config.experts else carry[0]
+
+    # --- across devices: see frameloom.scale.partition and frameloom.scale.megatron -----------------------------------
+
+    def pipeline_batch(self, batch: dict[str, Tensor]) -> tuple[tuple[Tensor, ...], dict[str, Tensor]]:
         c = self.config
         x0 = self.codec.encode(batch["video"]) if c.codec else batch["latents"]
-        given = batch["given"] & (torch.rand(len(x0), 1, device=x0.device) >= c.drop_image)
+        clean = batch["given"] & (torch.rand(len(x0), 1, device=x0.device) >= c.drop_image)
         if c.words:
             dropped = torch.rand(len(x0), 1, device=x0.device) < c.drop_text
-            text, known = self.encoder(torch.where(dropped, WORDS.encode([""]).to(x0.device), batch["ids"]))
+            ids = torch.where(dropped, WORDS.encode([""]).to(x0.device), batch["ids"])
+            given = {"ids": ids, "known": ids != PAD}
         else:
-            text, known = batch["text"], batch["known"]
+            given = {"vectors": batch["text"], "known": batch["known"]}
         # Mostly noisy: there it is decided what the clip shows and which way things go.
         t = LogitNormal(1.0, 1.2)(len(x0), x0.device)
         eps = torch.randn_like(x0)
-        x = torch.where(spread(given, x0).bool(), x0, self.path.add_noise(x0, t, eps))
-        out = self(x, t, text, known, batch.get("stride"), self._keep(x0)).float()
-        if c.prediction == "data":
-            error = (out - x0).square() / spread(t.clamp(min=0.3) ** 2, x0)
-        else:
-            error = (out - (eps - x0)).square()
-        return masked_mean(error, ~given) + c.balance * auxiliary(self).to(x0.device)
+        x = torch.where(spread(clean, x0).bool(), x0, self.path.add_noise(x0, t, eps))
+        given |= {"t": t, "clean": clean, "aim": x0 if c.prediction == "data" else eps - x0}
+        if "stride" in batch:
+            given["stride"] = batch["stride"]
+        if (keep := self._keep(x0)) is not None:
+            given["keep"] = keep
+        return (x,), given
+
+    def pipeline_example(self, count: int) -> dict[str, Tensor]:
+        c = self.config
+        side = c.side * max(c.codec, 1)
+        picture = torch.empty(count, c.frames, 3 if c.codec else c.channels, side, side)
+        batch = {"given": torch.zeros(count, c.frames, dtype=torch.bool)}
+        batch["video" if c.codec else "latents"] = picture
+        if c.words:
+            return batch | {"ids": torch.zeros(count, WORDS.length, dtype=torch.long)}
+        return batch | {"text": torch.empty(count, 256, c.text_width), "known": torch.ones(count, 256).bool()}
+
+    def pipeline_blocks(self) -> list[nn.Module]:
+        c = self.config
+        size = (c.side // c.patch,) * 2
+        first = [self.singleton, self.modulation, self.text_in, self.patch_in]
+        first += [self.encoder] if c.words else []
+        parts = [Part(self._enter, first, [self.numbers] if c.numbered else [])]
+        for number, block in enumerate(self.blocks):
+            extra = [self.mask_token] if c.mask_ratio and number == c.depth - c.restore else []
+            parts.append(Part(partial(self._block, number, size), [block], extra))
+        return parts + [Part(partial(self._error, size), [self.final, self.patch_out])]
+
+    def _error(self, size: tuple[int, int], tokens: Tensor, modulation: Tensor, text: Tensor, whole: Tensor, *,
+               t: Tensor, clean: Tensor, aim: Tensor, **_: Tensor) -> tuple[Tensor]:  # fmt: skip
+        error = (self._leave(size, tokens, whole).float() - aim).square()
+        if self.config.prediction == "data":
+            error = error / spread(t.clamp(min=0.3) ** 2, aim)
+        return (masked_mean(error, ~clean)[None],)
+
+    def tensor_plan(self) -> dict[str, str]:
+        """Which matrices a group of ranks splits, by rows of their output (`column`) or of their input (`row`)."""
+        plan = {}
+        for number in range(self.config.depth):
+            for name in ("spatial", "temporal", "text"):
+                plan[f"blocks.{number}.{name}"] = "entry"
+                plan |= {f"blocks.{number}.{name}.to_{part}": "column" for part in "qkv"}
+                plan[f"blocks.{number}.{name}.out"] = "row"
+                # Gains within a head: every rank uses them on its own heads alone.
+                plan |= {f"blocks.{number}.{name}.norm_{part}": "shared" for part in "qk"}
+            if self.blocks[number].mixture is None:
+                plan |= {f"blocks.{number}.forward1": "column", f"blocks.{number}.forward2": "row"}
+        return plan
 
     def _keep(self, x: Tensor) -> Tensor | None:
         """Random spatial tokens for the main blocks, the same in every frame; None when all are kept."""
