@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from frameloom.cli import options
+from frameloom.cli import mixture, options
 
 
 def register(app: typer.Typer) -> None:
@@ -19,6 +19,7 @@ def train(
     size: Annotated[str, typer.Option(help="tiny or paper")] = "tiny",
     data: Annotated[str, typer.Option(help="world, or KIND:DIR for data that the method knows")] = "world",
     steps: Annotated[int | None, typer.Option(help="another length than the recipe's")] = None,
+    moe: Annotated[str | None, typer.Option(help=mixture.HELP)] = None,
     begin: Annotated[Path | None, typer.Option(help="a run to begin from, at half the rates")] = None,
     workers: Annotated[int, typer.Option(help="processes that prepare batches ahead")] = 1,
     parallel: Annotated[
@@ -43,11 +44,14 @@ def train(
 
             if begin is not None:
                 raise InputError("--begin: goes without --parallel")
+            if moe is not None:
+                raise InputError("--moe: goes without --parallel")
             folder = spread(method, out, parallel=parallel, progress=progress, **settings)
         else:
             from frameloom.training import train as run
 
-            folder = run(method, out, begin=begin, workers=workers, progress=progress, **settings)
+            config = None if moe is None else mixture.config(method, moe)
+            folder = run(method, out, config=config, begin=begin, workers=workers, progress=progress, **settings)
     if os.environ.get("RANK", "0") != "0":
         return
     if json:

@@ -8,7 +8,7 @@ import copy
 import json
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
@@ -76,6 +76,7 @@ def train(
     seed: int = 0,
     device: str = "cpu",
     steps: int | None = None,
+    config: Mapping[str, Any] | None = None,
     begin: str | Path | None = None,
     workers: int = 1,
     save_every: float = 60.0,
@@ -89,19 +90,27 @@ def train(
     Args:
         data: `"world"`, or `KIND:DIR` for a data set that the method knows.
         steps: another length than the recipe's.
+        config: fields of the method's configuration that shall differ from the preset's, such as `{"experts": 8}`.
         begin: weights of another run to begin with, at half the recipe's rates; parameters that they lack begin fresh.
             So a model is grown in stages, or goes on after its schedule has ended.
         workers: processes that prepare batches ahead; 0 prepares them in this one.
         save_every: seconds between saves of the state.
 
     Raises:
-        InputError: the method cannot be trained, or `out` holds a run of other settings, or the loss is no
-            number any more (the step is named).
+        InputError: the method cannot be trained or has no such `config`, or `out` holds a run of other settings, or
+            the loss is no number any more (the step is named).
         Interrupted: Ctrl-C; the state is saved.
     """
     kind = card(method).load_class()
     if not hasattr(kind, "recipe"):
         raise InputError(f"{method} has nothing to train")
+    settings = kind.preset(size)
+    if config:
+        try:
+            settings = replace(settings, **config)
+        except TypeError:
+            raise InputError(f"{method}: has no setting {', '.join(set(config) - set(asdict(settings)))}; "
+                             f"there are {', '.join(asdict(settings))}") from None  # fmt: skip
     recipe = kind.recipe(size)
     if steps is not None:
         recipe = replace(recipe, steps=steps, warmup=min(recipe.warmup, max(1, steps // 10)))
@@ -110,6 +119,8 @@ def train(
         start = load(method, begin)
         recipe = replace(recipe, lr=recipe.lr / 2, muon=recipe.muon / 2)
     run = {"method": method, "size": size, "data": data, "seed": seed, "recipe": asdict(recipe)}
+    if config:
+        run["config"] = dict(config)
     if start is not None:
         run["begin"] = digest(start)
     out = Path(out)
@@ -120,7 +131,7 @@ def train(
         # A rendering worker and a training thread on one core slow each other down tenfold: leave each its own.
         torch.set_num_threads(max(1, (os.cpu_count() or 1) - workers))
     torch.manual_seed(seed)
-    model: nn.Module = kind(kind.preset(size))
+    model: nn.Module = kind(settings)
     dataset = kind.dataset(data, size, seed)
     if hasattr(model, "prepare") and not (out / "state.safetensors").is_file():
         model.prepare(dataset)
@@ -304,10 +315,12 @@ def blend(average: nn.Module, model: nn.Module, decay: float, step: int) -> None
 
 def readme(run: dict, seconds: float, model: nn.Module) -> str:
     count = sum(parameter.numel() for parameter in model.parameters())
+    changed = ", ".join(f"{name} = {value}" for name, value in run.get("config", {}).items())
+    changed = f" with {changed}" if changed else ""
     return (
         f"# {run['method']} ({run['size']})\n\n{count:,} parameters, trained on `{run['data']}` for "
         f"{run['recipe']['steps']:,} steps of {run['recipe']['batch_size']} examples; the last stretch took "
         f"{seconds / 60:.1f} minutes on {torch.get_num_threads()} threads.\n\n"
         f"Made by `frameloom train {run['method']} --size {run['size']} --data {run['data']} "
-        f"--seed {run['seed']}`; the settings are in `run.json`, the curve in `metrics.jsonl`.\n"
+        f"--seed {run['seed']}`{changed}; the settings are in `run.json`, the curve in `metrics.jsonl`.\n"
     )

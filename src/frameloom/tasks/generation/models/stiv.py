@@ -37,6 +37,7 @@ from frameloom.errors import InputError
 from frameloom.language.words import PAD, WordEncoder, Words
 from frameloom.layers.attention import Attention, rotary, sinusoid
 from frameloom.layers.patches import PatchPCA
+from frameloom.scale.moe import MoE, auxiliary
 from frameloom.scale.partition import Part
 from frameloom.training.recipe import Recipe
 from frameloom.world import VOCABULARY
@@ -58,6 +59,10 @@ class Config:
     distillation was made for, with the guidance baked in. `numbered` adds a learned vector for every frame to its
     tokens: rotary positions say how far apart two frames are, and a small model does not find out from them alone
     which end of the clip it is at, so that things move along the right line in either direction.
+
+    With `experts` the feed-forward network of every other block becomes a mixture of so many (`frameloom.scale.moe`),
+    of which a token meets `top_k`; `capacity` is the factor of places in training (sampling drops no token), and the
+    auxiliary loss that spreads the load is weighed by `balance`.
     """
 
     width: int
@@ -78,6 +83,10 @@ class Config:
     drop_text: float = 0.1
     drop_image: float = 0.08
     distilled: int = 0
+    experts: int = 0
+    top_k: int = 1
+    capacity: float = 1.25
+    balance: float = 0.01
 
 
 TINY = Config(width=192, depth=6, heads=6, channels=128, frames=16, side=2, text_width=128, words=len(WORDS), codec=16,
@@ -104,11 +113,13 @@ class Block(nn.Module):
     and gate from the one modulation of the whole model plus an offset of the block's own.
     """
 
-    def __init__(self, width: int, heads: int) -> None:
+    def __init__(self, width: int, heads: int, mixture: MoE | None = None) -> None:
         super().__init__()
         self.spatial, self.temporal = Attention(width, heads), Attention(width, heads)
         self.text = Attention(width, heads)
-        self.forward1, self.forward2 = nn.Linear(width, 4 * width), nn.Linear(4 * width, width)
+        self.mixture = mixture
+        if mixture is None:
+            self.forward1, self.forward2 = nn.Linear(width, 4 * width), nn.Linear(4 * width, width)
         self.offset = nn.Parameter(torch.randn(6, width) / width**0.5)
 
     def forward(
@@ -130,7 +141,13 @@ class Block(nn.Module):
         mask = None if known is None else known[:, None, None]
         x = x + _norm(self.text(y, text, mask=mask)).view_as(x)
         y = _norm(x) * (1 + scale2) + shift2
-        return x + gate2 * _norm(self.forward2(F.gelu(self.forward1(y), approximate="tanh")))
+        return x + gate2 * _norm(self._forward(y))
+
+    def _forward(self, y: Float[Tensor, "b t s d"]) -> Float[Tensor, "b t s d"]:
+        if self.mixture is None:
+            return self.forward2(F.gelu(self.forward1(y), approximate="tanh"))
+        # Who else is in the batch may cost a token its expert while learning, but never change a sample.
+        return self.mixture(y, capacity=None if self.training else 0.0)
 
 
 class Singleton(nn.Module):
@@ -172,12 +189,19 @@ class STIV(nn.Module):
         self.mask_token = nn.Parameter(torch.zeros(width))
         if config.numbered:
             self.numbers = nn.Parameter(sinusoid(torch.arange(config.frames), width, period=100.0))
-        self.blocks = nn.ModuleList(Block(width, config.heads) for _ in range(config.depth))
+        self.blocks = nn.ModuleList(Block(width, config.heads, self._mixture(number)) for number in range(config.depth))
         self.final = nn.Linear(width, 2 * width)
         self.patch_out = nn.Linear(width, config.channels * config.patch**2)
         for layer in (self.final, self.patch_out, self.modulation[1]):
             nn.init.zeros_(layer.weight)
             nn.init.zeros_(layer.bias)
+
+    def _mixture(self, number: int) -> MoE | None:
+        c = self.config
+        if not c.experts or number % 2 == 0:
+            return None
+        return MoE(c.width, 4 * c.width, c.experts, top_k=c.top_k, capacity=c.capacity,
+                   activation=partial(F.gelu, approximate="tanh"))  # fmt: skip
 
     def forward(
         self,
@@ -371,7 +395,7 @@ class STIV(nn.Module):
         carry, given = self.pipeline_batch(batch)
         for block in self.pipeline_blocks():
             carry = block(*carry, **given)
-        return carry[0]
+        return carry[0] + self.config.balance * auxiliary(self) if self.config.experts else carry[0]
 
     # --- across devices: see frameloom.scale.partition and frameloom.scale.megatron -----------------------------------
 
@@ -434,7 +458,8 @@ class STIV(nn.Module):
                 plan[f"blocks.{number}.{name}.out"] = "row"
                 # Gains within a head: every rank uses them on its own heads alone.
                 plan |= {f"blocks.{number}.{name}.norm_{part}": "shared" for part in "qk"}
-            plan |= {f"blocks.{number}.forward1": "column", f"blocks.{number}.forward2": "row"}
+            if self.blocks[number].mixture is None:
+                plan |= {f"blocks.{number}.forward1": "column", f"blocks.{number}.forward2": "row"}
         return plan
 
     def _keep(self, x: Tensor) -> Tensor | None:
