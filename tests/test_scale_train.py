@@ -202,6 +202,34 @@ def test_a_stopped_run_goes_on_upon_another_mesh_to_the_same_end(tmp_path):
     assert rows == [0, 2]
 
 
+EXPERTS = {"experts": 4, "top_k": 2, "capacity": 1.25}
+
+
+def _train_experts(rank: int, jobs: dict[str, tuple[str, int | str]]) -> None:
+    STIV.preset = classmethod(lambda cls, size: SMALL)
+    for out, (text, r) in jobs.items():
+        train("stiv", out, parallel=text, recipe=TINY_RUN, config=EXPERTS, r=r, save_every=1e9)
+
+
+def test_copies_that_share_experts_end_in_the_weights_of_one_process_whatever_r(tmp_path):
+    one, auto, zero = (str(tmp_path / name) for name in ("one", "auto", "zero"))
+    local(_train_experts, 1, {one: ("microbatches=2", "auto")})
+    local(_train_experts, 2, {auto: ("dp=2,microbatches=1", "auto"), zero: ("dp=2,microbatches=1", 0)})
+    first = _weights(one)
+    assert first["blocks.1.mixture.experts.w1"].shape == (4, 4 * SMALL.width, SMALL.width)
+    for name, value in first.items():
+        for other in (auto, zero):
+            torch.testing.assert_close(_weights(other)[name], value, rtol=1e-3, atol=1e-5)
+
+
+def test_experts_go_with_copies_alone():
+    for text in ("pp=2", "tp=2", "dp=2,shard=on"):
+        with pytest.raises(InputError, match="takes dp alone, whose copies share the experts; dp=2 would do"):
+            train("stiv", "nowhere", parallel=text, config=EXPERTS)
+    with pytest.raises(InputError, match="experts=4 on 3 devices: one must divide the other"):
+        train("stiv", "nowhere", parallel="dp=3,microbatches=1", config=EXPERTS)
+
+
 def _deserted(rank: int, out: str) -> str:
     STIV.preset = classmethod(lambda cls, size: SMALL)
     step = Run.step

@@ -271,5 +271,5 @@ def parse_bytes(text: str, flag: str = "--memory-budget") -> int:
     except ValueError:
         value = 0
     if value <= 0:
-        raise InputError(f"{flag} {text}: an amount is such as 2GB or 500MB")
+        raise InputError(f"{flag} {text}: an amount of memory is such as 2GB or 500MB")
     return value

@@ -44,13 +44,12 @@ def train(
 
             if begin is not None:
                 raise InputError("--begin: goes without --parallel")
-            if moe is not None:
-                raise InputError("--moe: goes without --parallel")
-            folder = spread(method, out, parallel=parallel, progress=progress, **settings)
+            config, r = (None, "auto") if moe is None else mixture.config(method, moe, ranks=True)
+            folder = spread(method, out, parallel=parallel, config=config, r=r, progress=progress, **settings)
         else:
             from frameloom.training import train as run
 
-            config = None if moe is None else mixture.config(method, moe)
+            config = None if moe is None else mixture.config(method, moe)[0]
             folder = run(method, out, config=config, begin=begin, workers=workers, progress=progress, **settings)
     if os.environ.get("RANK", "0") != "0":
         return

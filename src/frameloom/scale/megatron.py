@@ -14,7 +14,7 @@ J. Bernauer, B. Catanzaro, A. Phanishayee, M. Zaharia, "Efficient Large-Scale La
 Using Megatron-LM", SC 2021, arXiv 2104.04473.
 """
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 
 import torch
 import torch.distributed as dist
@@ -88,7 +88,8 @@ def _reduce(gradients: Sequence[Tensor], group: "dist.ProcessGroup", scale: floa
 
 @torch.no_grad()
 def clip(mine: dict[str, nn.Parameter], own: dict[str, nn.Parameter], names: Sequence[str], limit: float,
-         group: "dist.ProcessGroup") -> Tensor:  # fmt: skip
+         group: "dist.ProcessGroup", parted: Collection[str] = (),
+         copies: "dist.ProcessGroup | None" = None) -> Tensor:  # fmt: skip
     """Scale all gradients of a pipeline so that their joint norm is at most `limit`; returns the norm before.
 
     The norm is taken over the norms of the parameters in the order of the whole model, so that it is the same number
@@ -97,6 +98,7 @@ def clip(mine: dict[str, nn.Parameter], own: dict[str, nn.Parameter], names: Seq
     Args:
         mine: the parameters of this rank. `own`: those of them that it counts (of tied ones, one rank).
         names: of the whole model's parameters, in order. `group`: the pipeline's.
+        parted: parameters of which the ranks of `copies` hold different parts, as of experts.
     """
     like = next(iter(mine.values()))
     norms = torch.zeros(len(names), dtype=like.dtype, device=like.device)
@@ -104,6 +106,11 @@ def clip(mine: dict[str, nn.Parameter], own: dict[str, nn.Parameter], names: Seq
         if name in own and (gradient := own[name].grad) is not None:
             norm = torch.linalg.vector_norm(gradient)
             norms[index] = norm.full_tensor() if isinstance(norm, DTensor) else norm
+    if parted:
+        at = torch.tensor([name in parted for name in names], device=like.device)
+        squares = norms.square() * at
+        dist.all_reduce(squares, group=copies)
+        norms = torch.where(at, squares.sqrt(), norms)
     if group.size() > 1:
         dist.all_reduce(norms, group=group)  # every parameter lives on one stage: the others add zeros
     total = torch.linalg.vector_norm(norms)

@@ -9,7 +9,7 @@ import json
 import os
 import shutil
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import nullcontext
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -26,11 +26,12 @@ from torch.utils.data import DataLoader
 from frameloom.cards import card
 from frameloom.errors import InputError, Interrupted
 from frameloom.progress import Progress, silent
-from frameloom.scale import megatron
+from frameloom.scale import expert_states, megatron, moe
+from frameloom.scale.adapt import Shape
 from frameloom.scale.gpipe import Pipeline, defer
 from frameloom.scale.mesh import Parallel, agree, join, lost, parse
 from frameloom.scale.partition import Block, Pipelined, balance, cuts, profile
-from frameloom.training.loop import Steps, claim_folder, forget_after, optimisers_of, readme
+from frameloom.training.loop import Steps, changed, claim_folder, forget_after, optimisers_of, readme
 from frameloom.training.pretrained import save_pretrained
 from frameloom.training.recipe import Recipe
 
@@ -57,7 +58,7 @@ class Run:
     """
 
     def __init__(self, model: nn.Module, recipe: Recipe, parallel: Parallel, mesh: "dist.DeviceMesh", begins: list[int],
-                 device: torch.device) -> None:  # fmt: skip
+                 device: torch.device, r: int | str = "auto") -> None:  # fmt: skip
         self.model, self.recipe, self.parallel, self.mesh, self.device = model, recipe, parallel, mesh, device
         defer(model)
         self.names = [name for name, _ in model.named_parameters()]
@@ -67,6 +68,7 @@ class Run:
         blocks = model.pipeline_blocks()
         self.pipeline = Pipeline(blocks, begins, parallel, mesh, device)
         self._keep_mine(blocks, begins)
+        self.experts = self._spread_experts(r)
         if parallel.shard:
             for stage in self.pipeline.stages:
                 for block in stage.blocks:
@@ -100,6 +102,17 @@ class Run:
             elif len(where) > 1:
                 self.tied.add(name)
 
+    def _spread_experts(self, r: int | str) -> set[str]:
+        """Copies of a model with mixtures of experts share the experts: the names of what differs from rank to rank."""
+        layers = list(moe.layers(self.model))
+        if not layers or self.parallel.dp == 1:
+            return set()
+        expert_states.distribute(self.model, self.mesh["dp"])
+        for layer in layers:
+            layer.r = r if r == "auto" else layer.shape.check(int(r))
+        own = {id(value) for value in moe.expert_parameters(self.model)}
+        return {name for name, value in self.model.named_parameters() if id(value) in own}
+
     @property
     def mine(self) -> dict[str, nn.Parameter]:
         return {name: value for name, value in self.model.named_parameters() if value.requires_grad}
@@ -119,10 +132,15 @@ class Run:
         mine = self.mine
         megatron.add_up([mine[name] for name in mine if name in self.shared], self.mesh.get_group("tp"))
         megatron.add_up([mine[name] for name in self.names if name in self.tied], self.mesh.get_group("pp"))
-        megatron.average([value for value in mine.values() if not _sharded(value)], self.mesh.get_group("dp"))
+        copied = [value for name, value in mine.items() if name not in self.experts and not _sharded(value)]
+        megatron.average(copied, self.mesh.get_group("dp"))
+        for name in self.experts:  # which have gathered the gradients of all copies' tokens already
+            if mine[name].grad is not None:
+                mine[name].grad /= copies
         rank = self.pipeline.rank
         own = {name: value for name, value in mine.items() if self.owner[name] == rank}
-        norm = megatron.clip(mine, own, self.names, self.recipe.clip_norm, self.mesh.get_group("pp"))
+        norm = megatron.clip(mine, own, self.names, self.recipe.clip_norm, self.mesh.get_group("pp"), self.experts,
+                             self.mesh.get_group("dp"))  # fmt: skip
         for optimiser in self.optimisers:
             for group in optimiser.param_groups:
                 group["lr"] = self.recipe.lr_at(step) * group["share"]
@@ -138,11 +156,16 @@ class Run:
     # --- state -------------------------------------------------------------------------------------------------------
 
     def _state(self) -> dict[str, Tensor]:
-        """Everything that the run hangs on, by names of the whole model: any mesh can read what another wrote."""
-        found: dict[str, Any] = {f"model/{name}": value.detach() for name, value in self.mine.items()}
+        """Everything that the run hangs on, by names of the whole model: any mesh can read what another wrote.
+
+        Parts of experts go by the number of their copy: they are read by as many copies again.
+        """
+        part = f"#{self.mesh['dp'].get_local_rank()}"
+        called = {name: name + part * (name in self.experts) for name in self.mine}
+        found: dict[str, Any] = {f"model/{called[name]}": value.detach() for name, value in self.mine.items()}
         found |= {f"buffer/{name}": value for name, value in self.model.named_buffers()}
-        found |= {f"average/{name}": value for name, value in self.average.items()}
-        names = {id(value): name for name, value in self.mine.items()}
+        found |= {f"average/{called[name]}": value for name, value in self.average.items()}
+        names = {id(value): called[name] for name, value in self.mine.items()}
         for number, optimiser in enumerate(self.optimisers):
             for value, slots in optimiser.state.items():
                 found |= {f"optimiser/{number}/{names[id(value)]}/{slot}": entry for slot, entry in slots.items()}
@@ -190,12 +213,15 @@ class Run:
         names = {id(value): name for name, value in self.mine.items()}
         for number, optimiser in enumerate(self.optimisers):
             for value in list(optimiser.state):
-                if any(name.startswith(f"optimiser/{number}/{names[id(value)]}/") for name in absent):
+                start = f"optimiser/{number}/{names[id(value)]}"
+                if any(name.startswith((f"{start}/", f"{start}#")) for name in absent):
                     del optimiser.state[value]
         return int(state["step"])
 
     def collect(self) -> nn.Module | None:
         """The whole trained model on rank 0 (the averaged one, if the recipe averages); None elsewhere."""
+        if self.experts:
+            return self._collect_experts()
         kept = self.average or {name: value.detach() for name, value in self.mine.items()}
         stage, copy = self.mesh["pp"].get_local_rank(), self.mesh["dp"].get_local_rank()
         talks = copy == 0 and self.mesh["tp"].get_local_rank() == 0
@@ -223,6 +249,17 @@ class Run:
         model.load_state_dict(tensors | {name: value.cpu() for name, value in self.model.named_buffers()})
         return model.eval()
 
+    @torch.no_grad()
+    def _collect_experts(self) -> nn.Module | None:
+        for name, value in self.average.items():
+            self.model.get_parameter(name).copy_(value)
+        state = expert_states.whole(self.model)
+        if dist.get_rank() != 0:
+            return None
+        model = type(self.model)(self.model.config)
+        model.load_state_dict({name: value.cpu() for name, value in state.items()})
+        return model.eval()
+
     def _kind(self, name: str) -> torch.dtype:
         return self.model.get_parameter(name).dtype
 
@@ -242,6 +279,8 @@ def train(
     device: str = "cpu",
     steps: int | None = None,
     recipe: Recipe | None = None,
+    config: Mapping[str, Any] | None = None,
+    r: int | str = "auto",
     save_every: float = 60.0,
     progress: Progress = silent,
 ) -> Path:
@@ -253,6 +292,8 @@ def train(
     Args:
         parallel: a `Parallel` or its words, such as `"pp=2,schedule=interleaved,v=2"`.
         recipe: in place of the method's own for this size.
+        config: fields of the method's configuration that shall differ from the preset's, such as `{"experts": 8}`.
+        r: how the tokens of copies meet the experts that they share (see `frameloom.scale.moe`).
 
     Raises:
         InputError: as `frameloom.training.train`; also for ranks, batches, heads or blocks that do not divide, ranks
@@ -267,26 +308,32 @@ def train(
     if steps is not None:
         recipe = replace(recipe, steps=steps, warmup=min(recipe.warmup, max(1, steps // 10)))
     parallel.check_batch(recipe.batch_size)
-    config = kind.preset(size)
+    settings = changed(method, kind.preset(size), config)
     if parallel.tp > 1:
-        parallel.check_heads(config.heads)
-    found = costs(method, size, recipe.batch_size // (parallel.dp * parallel.m))
-    begins = cuts(balance(found, parallel.balance), parallel.pp * parallel.v)
+        parallel.check_heads(settings.heads)
+    begins = [0]
+    if getattr(settings, "experts", 0):
+        _check_experts(parallel, settings.experts)
+    else:
+        found = costs(method, size, recipe.batch_size // (parallel.dp * parallel.m))
+        begins = cuts(balance(found, parallel.balance), parallel.pp * parallel.v)
     mesh = join(parallel, device)
     run = {"method": method, "size": size, "data": data, "seed": seed, "recipe": asdict(recipe),
            "microbatches": parallel.dp * parallel.m}  # fmt: skip
+    if config:
+        run |= {"config": dict(config), "copies": parallel.dp}
     agree({"command": json.dumps([run, asdict(parallel)])})
     out = Path(out)
     _together(lambda: (out.mkdir(parents=True, exist_ok=True), claim_folder(out, run)))
     torch.manual_seed(seed)
-    model = kind(config).train()
+    model = kind(settings).train()
     dataset = kind.dataset(data, size, seed)
     if hasattr(model, "prepare"):
         model.prepare(dataset)
     begun = time.monotonic()
     at = _device(device)
     try:
-        job = Run(model, recipe, parallel, mesh, begins, at)
+        job = Run(model, recipe, parallel, mesh, begins, at, r)
         _loop(job, dataset, out, seed, save_every, progress if dist.get_rank() == 0 else silent)
         whole = job.collect()
     except RuntimeError as error:
@@ -358,6 +405,14 @@ def _together(work: Callable[[], Any]) -> None:
     dist.broadcast_object_list(told, 0)
     if told[0] is not None:
         raise InputError(told[0])
+
+
+def _check_experts(parallel: Parallel, experts: int) -> None:
+    """Experts are shared by copies of the model; stages and split matrices are for models without."""
+    if parallel.pp > 1 or parallel.tp > 1 or parallel.shard:
+        raise InputError("--parallel: a model with mixtures of experts takes dp alone, whose copies share the experts; "
+                         f"dp={parallel.world} would do")  # fmt: skip
+    Shape(parallel.dp, experts, 1, parallel.dp)
 
 
 def _device(device: str) -> torch.device:

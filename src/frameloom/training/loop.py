@@ -104,13 +104,7 @@ def train(
     kind = card(method).load_class()
     if not hasattr(kind, "recipe"):
         raise InputError(f"{method} has nothing to train")
-    settings = kind.preset(size)
-    if config:
-        try:
-            settings = replace(settings, **config)
-        except TypeError:
-            raise InputError(f"{method}: has no setting {', '.join(set(config) - set(asdict(settings)))}; "
-                             f"there are {', '.join(asdict(settings))}") from None  # fmt: skip
+    settings = changed(method, kind.preset(size), config)
     recipe = kind.recipe(size)
     if steps is not None:
         recipe = replace(recipe, steps=steps, warmup=min(recipe.warmup, max(1, steps // 10)))
@@ -144,6 +138,13 @@ def train(
         save_pretrained(kept, method, out)
         (out / "README.md").write_text(readme(run, time.monotonic() - begun, kept))
     return out
+
+
+def changed(method: str, settings: Any, config: Mapping[str, Any] | None) -> Any:
+    """A preset with some fields changed. Raises InputError for one that it does not have."""
+    if unknown := sorted(set(config or ()) - set(asdict(settings))):
+        raise InputError(f"{method}: has no setting {', '.join(unknown)}; there are {', '.join(asdict(settings))}")
+    return replace(settings, **(config or {}))
 
 
 def adopt(model: nn.Module, start: nn.Module) -> None:

@@ -395,7 +395,7 @@ class STIV(nn.Module):
         carry, given = self.pipeline_batch(batch)
         for block in self.pipeline_blocks():
             carry = block(*carry, **given)
-        return carry[0] + self.config.balance * auxiliary(self) if self.config.experts else carry[0]
+        return carry[0]
 
     # --- across devices: see frameloom.scale.partition and frameloom.scale.megatron -----------------------------------
 
@@ -446,7 +446,10 @@ class STIV(nn.Module):
         error = (self._leave(size, tokens, whole).float() - aim).square()
         if self.config.prediction == "data":
             error = error / spread(t.clamp(min=0.3) ** 2, aim)
-        return (masked_mean(error, ~clean)[None],)
+        loss = masked_mean(error, ~clean)
+        if self.config.experts:
+            loss = loss + self.config.balance * auxiliary(self)
+        return (loss[None],)
 
     def tensor_plan(self) -> dict[str, str]:
         """Which matrices a group of ranks splits, by rows of their output (`column`) or of their input (`row`)."""
