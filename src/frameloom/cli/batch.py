@@ -59,8 +59,8 @@ def command(
 
     terminal.listen()
     if context.args and not context.args[0].startswith("-"):
-        raise InputError(f"{context.args[0]}: one glob or list is wanted; quote the glob, '{inputs}', so that the shell "
-                         "leaves it alone, and write -- before the verb's flags")  # fmt: skip
+        raise InputError(f"{context.args[0]}: one glob or list is wanted: quote the glob, such as 'in/*.mp4', and "
+                         "write -- before the verb's flags")  # fmt: skip
     with terminal.bar("files") as progress:
         report = batch(verb, inputs, out, context.args, engine=engine, workers=workers, threads=threads, suffix=suffix,
                        resume=resume, overwrite=overwrite, fail_fast=fail_fast, limit=limit, lease=lease,
@@ -141,16 +141,16 @@ def batch(
 
 def perform(unit: "Unit", draft: Path) -> dict[str, Any]:
     """Run the verb's command on one file in this process; how many frames there are, and what it had to note."""
-    from frameloom.cli.app import app
-
-    verb = unit.recipe["verb"]
-    here = recipe(verb, unit.arguments)
-    if here != unit.recipe:
-        raise InputError(f"{unit.output}: this machine has {here['version']}, the one that planned the batch "
-                         f"{unit.recipe['version']}; install the same")  # fmt: skip
+    verb, planned = unit.recipe["verb"], unit.recipe["version"]
+    here = _version(verb, unit.recipe["options"])
+    if here != planned:
+        raise InputError(f"{unit.output}: this machine has {here}, the one that planned the batch has {planned}; "
+                         "install the same on both")  # fmt: skip
+    command = _command(verb)
     printed, said = io.StringIO(), io.StringIO()
-    with redirect_stdout(printed), redirect_stderr(said):
-        app(args=[*verb.split(), *unit.arguments, "--json", "--", unit.input, str(draft)], standalone_mode=False)
+    words = [*unit.arguments, "--json", "--", unit.input, str(draft)]
+    with redirect_stdout(printed), redirect_stderr(said), command.make_context(verb, words) as context:
+        command.invoke(context)
     facts = text.loads(printed.getvalue())
     notes = [line.removeprefix("note: ") for line in said.getvalue().splitlines() if line.startswith("note: ")]
     return {"frames": facts.get("frames"), "notes": notes}
@@ -162,14 +162,7 @@ def recipe(verb: str, arguments: tuple[str, ...]) -> dict[str, Any]:
 
     Raises InputError for a verb that no batch can run, and for flags that the verb does not take.
     """
-    import frameloom
-
-    command = _commands().get(verb)
-    if command is None:
-        near = difflib.get_close_matches(verb, _commands(), n=1, cutoff=0.5)
-        hint = f"did you mean {near[0]}?" if near else f"there are {', '.join(sorted(_commands()))}"
-        raise InputError(f"{verb}: no verb that takes one file and makes one; {hint}")
-    positional = [parameter.name for parameter in command.params if parameter.param_type_name == "argument"]
+    command = _command(verb)
     try:
         given = command.make_context(verb, [*arguments, "--", "input", "output"]).params
     except typer.TyperException as error:
@@ -178,11 +171,24 @@ def recipe(verb: str, arguments: tuple[str, ...]) -> dict[str, Any]:
     for name in RESERVED:
         if given.get(name):
             raise InputError(f"--{name}: is for the batch as a whole; it goes before the --")
-    chosen = {name: value for name, value in given.items()
-              if name not in (*positional, *RESERVED) and value is not None}  # fmt: skip
-    version = {"frameloom": frameloom.__version__} | _method(verb, chosen)
+    if "do" in given:
+        from frameloom.cli.chain import parse
+
+        parse(given["do"])
+    positional = [parameter.name for parameter in command.params if parameter.param_type_name == "argument"]
     # Through JSON and back, so that it compares with what a sidecar says.
-    return text.loads(text.dumps({"verb": verb, "options": chosen, "version": version}, default=str))
+    chosen = text.loads(text.dumps({name: value for name, value in given.items() if value is not None and
+                                    name not in (*positional, *RESERVED)}, default=str))  # fmt: skip
+    return {"verb": verb, "options": chosen, "version": _version(verb, chosen)}
+
+
+def _command(verb: str) -> Any:
+    found = _commands().get(verb)
+    if found is None:
+        near = difflib.get_close_matches(verb, _commands(), n=1, cutoff=0.5)
+        hint = f"did you mean {near[0]}?" if near else f"there are {', '.join(sorted(_commands()))}"
+        raise InputError(f"{verb}: no verb that takes one file and makes one; {hint}")
+    return found
 
 
 @cache
@@ -205,25 +211,23 @@ def _commands() -> dict[str, Any]:
     return found
 
 
-def _method(verb: str, chosen: dict[str, Any]) -> dict[str, str]:
-    """The method that a verb would use, and a digest of its weights; of a chain, whether it can be read."""
+def _version(verb: str, options: dict[str, Any]) -> dict[str, str]:
+    """The toolkit's version, the method that a verb would use, and a digest of its weights."""
+    import frameloom
     from frameloom.cards import card, cards
     from frameloom.cards import chosen as resolve
-    from frameloom.cli.chain import parse
 
-    if "do" in chosen:
-        parse(chosen["do"])
+    version = {"frameloom": frameloom.__version__}
     if not any(verb in (card.verb, *card.also) for card in cards().values()):
-        return {}
-    method = card(resolve(chosen["method"], verb), verb).id
-    weights = chosen.get("weights")
-    shipped = importlib.resources.files("frameloom") / "weights" / method / "model.safetensors"
-    path = Path(weights) if weights and Path(weights).exists() else Path(str(shipped))
-    if (weights and path != Path(weights)) or not path.exists():
-        return {"method": method}
-    return {"method": method, "weights": _glimpse(path)}
+        return version
+    method = card(resolve(options["method"], verb), verb).id
+    weights = options.get("weights")
+    shipped = Path(str(importlib.resources.files("frameloom") / "weights" / method / "model.safetensors"))
+    path = Path(weights) if weights else shipped
+    return version | {"method": method} | ({"weights": _glimpse(path)} if path.exists() else {})
 
 
+@cache
 def _glimpse(path: Path) -> str:
     """A digest of sizes, first and last megabytes: enough to tell trained weights apart, at once for large ones too."""
     digest = hashlib.sha256()
@@ -257,4 +261,5 @@ def _preload(verb: str) -> tuple[str, ...]:
     import frameloom
 
     homes = {name: home for name, home in frameloom._HOMES.items() if name in verb.split()}
-    return ("frameloom.cli.app", "frameloom.video.reader", "frameloom.video.writer", *homes.values())
+    # Typer imports pydantic, where there is one, with the first command that it reads.
+    return ("pydantic", "frameloom.cli.app", "frameloom.video.reader", "frameloom.video.writer", *homes.values())

@@ -68,6 +68,7 @@ def _child(end: Any, function: Callable[[Any], Any], item: Any) -> None:
         answer = False, reason(error)
     end.send(answer)
     end.close()
+    os._exit(0)  # what a decoder left behind is not worth waiting for
 
 
 def _leave_with_parent() -> None:

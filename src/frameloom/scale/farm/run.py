@@ -143,7 +143,7 @@ def quarantine(report: Report, units: list[Unit]) -> None:
     arguments = {unit.output: list(unit.arguments) for unit in units}
     rows = [{"input": os.path.abspath(outcome.input), "output": os.path.relpath(outcome.output, report.out),
              "options": shlex.join(arguments[outcome.output]), "error": outcome.error, "tries": outcome.tries}
-            for outcome in report.failures]  # fmt: skip
+            for outcome in sorted(report.failures, key=lambda outcome: outcome.output)]  # fmt: skip
     draft = path.with_name(f".{QUARANTINE}.draft")
     draft.write_text("".join(json.dumps(row) + "\n" for row in rows))
     os.replace(draft, path)
