@@ -148,7 +148,9 @@ def perform(unit: "Unit", draft: Path) -> dict[str, Any]:
                          "install the same on both")  # fmt: skip
     command = _command(verb)
     printed, said = io.StringIO(), io.StringIO()
-    words = [*unit.arguments, "--json", "--", unit.input, str(draft)]
+    # A name that begins with a dash would be read as a flag.
+    paths = [f"./{path}" if path.startswith("-") else path for path in (unit.input, str(draft))]
+    words = [*paths, "--json", *unit.arguments]
     with redirect_stdout(printed), redirect_stderr(said), command.make_context(verb, words) as context:
         command.invoke(context)
     facts = text.loads(printed.getvalue())
@@ -164,7 +166,7 @@ def recipe(verb: str, arguments: tuple[str, ...]) -> dict[str, Any]:
     """
     command = _command(verb)
     try:
-        given = command.make_context(verb, [*arguments, "--", "input", "output"]).params
+        given = command.make_context(verb, ["input", "output", *arguments]).params
     except typer.TyperException as error:
         said = error.format_message() if hasattr(error, "format_message") else str(error)
         raise InputError(f"{' '.join(arguments)}: {said}; frameloom {verb} --help lists the flags") from None

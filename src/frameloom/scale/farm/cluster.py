@@ -1,12 +1,16 @@
 """A Ray cluster: the one that RAY_ADDRESS names, or a small one on this machine for as long as the work lasts.
 
 Only paths travel, never frames: the object store stays empty, and the files must be where every node can read them.
-Ray's own workers are the processes that a decoder may crash, and Ray itself tries again what died or raised.
+Ray's own workers are the processes that a decoder may crash, and Ray starts a task again whose worker or node died.
 """
 
 import logging
 import os
+import sys
+from collections import deque
 from collections.abc import Iterator
+from contextlib import redirect_stdout
+from typing import Any
 
 from frameloom.errors import InputError
 from frameloom.scale.farm.manifest import Unit
@@ -30,30 +34,48 @@ def run(worker: Worker, units: list[Unit], workers: int) -> Iterator[Outcome]:
     import ray
 
     mine = not ray.is_initialized()
-    if mine:
-        own = {"num_cpus": workers * worker.threads, "object_store_memory": STORE, "include_dashboard": False}
-        ray.init(log_to_driver=False, logging_level=logging.ERROR, **({} if os.environ.get("RAY_ADDRESS") else own))
-    try:
-        attempt = ray.remote(num_cpus=worker.threads, max_retries=worker.tries - 1, retry_exceptions=True)(_attempt)
-        waiting, running = iter(units), {}
-        while True:
-            while len(running) < workers and (unit := next(waiting, None)):
-                running[attempt.remote(worker, unit)] = unit
-            if not running:
-                return
-            [ready], _ = ray.wait(list(running), num_returns=1)
-            unit = running.pop(ready)
-            try:
-                outcome = made(unit, 1, ray.get(ready))
-            except ray.exceptions.RayTaskError as error:
-                outcome = failed(unit, worker.tries, reason(error.cause))
-            except ray.exceptions.RayError as error:
-                outcome = failed(unit, worker.tries, f"its process died ({type(error).__name__})")
-            yield outcome
-    finally:
+    again: deque[tuple[Unit, int]] = deque()
+    fresh = iter([(unit, 1) for unit in units])
+    with redirect_stdout(sys.stderr):  # where Ray tells of tasks that died
         if mine:
-            ray.shutdown()
+            _join(ray, workers * worker.threads)
+        try:
+            attempt = ray.remote(num_cpus=worker.threads, max_retries=worker.tries - 1)(_attempt)
+            running: dict[Any, tuple[Unit, int]] = {}
+            while True:
+                while len(running) < workers and (item := again.popleft() if again else next(fresh, None)):
+                    running[attempt.remote(worker, item[0])] = item
+                if not running:
+                    return
+                [ready], _ = ray.wait(list(running), num_returns=1)
+                unit, tries = running.pop(ready)
+                try:
+                    good, answer = ray.get(ready)
+                except ray.exceptions.RayError as error:  # it died as often as max_retries allows
+                    yield failed(unit, worker.tries, f"its process died ({type(error).__name__})")
+                    continue
+                if good:
+                    yield made(unit, tries, answer)
+                elif tries < worker.tries:
+                    again.append((unit, tries + 1))
+                else:
+                    yield failed(unit, tries, answer)
+        finally:
+            if mine:
+                ray.shutdown()
 
 
-def _attempt(worker: Worker, unit: Unit) -> dict:
-    return worker.attempt(unit)
+def _join(ray: Any, cpus: int) -> None:
+    """The cluster of RAY_ADDRESS, or one of our own."""
+    quiet = {"log_to_driver": False, "logging_level": logging.ERROR}
+    if os.environ.get("RAY_ADDRESS"):
+        ray.init(**quiet)
+    else:
+        ray.init(num_cpus=cpus, object_store_memory=STORE, include_dashboard=False, **quiet)
+
+
+def _attempt(worker: Worker, unit: Unit) -> tuple[bool, Any]:
+    try:
+        return True, worker.attempt(unit)
+    except Exception as error:  # noqa: BLE001 - whatever it was, the driver tells it
+        return False, reason(error)

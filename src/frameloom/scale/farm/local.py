@@ -143,24 +143,22 @@ class _Attempt:
         return self.worker.attempt(item[0])
 
 
-def costs(paths: list[str]) -> list[float]:
-    """About how much work is in each file: pixels of all frames by its header, else its bytes.
+def headers(paths: list[str]) -> list[float]:
+    """About how much work is in each file: pixels of all frames by its header, else its bytes."""
+    return [_cost(path) for path in paths]
 
-    A header can crash a decoder too: files are looked at elsewhere, and where that dies, in two halves.
-    """
+
+def costs(paths: list[str], look: Callable[[list[str]], list[float]] = headers) -> list[float]:
+    """`look(paths)`, in another process: a header can crash a decoder too. Where that dies, in two halves."""
     if not paths:
         return []
-    [(_, found)] = each(_costs, iter([paths]), 1)
+    [(_, found)] = each(look, iter([paths]), 1)
     if not isinstance(found, Died):
         return found
     if len(paths) == 1:
         return [0.0]
     half = len(paths) // 2
-    return costs(paths[:half]) + costs(paths[half:])
-
-
-def _costs(paths: list[str]) -> list[float]:
-    return [_cost(path) for path in paths]
+    return costs(paths[:half], look) + costs(paths[half:], look)
 
 
 def _cost(path: str) -> float:

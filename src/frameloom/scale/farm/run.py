@@ -95,9 +95,9 @@ def farm(
     begun = time.monotonic()
     try:
         units = plan()
-        todo, kept = pending(units, resume, overwrite)
         out.mkdir(parents=True, exist_ok=True)
         with _alone(out), _swept(units):
+            todo, kept = pending(units, resume, overwrite)
             todo = _longest_first(todo)
             outcomes = [Outcome(unit.input, unit.output, "kept", 0) for unit in kept]
             progress("files", len(kept), len(units))
