@@ -17,9 +17,11 @@ import pytest
 import torch.distributed as dist
 from hypothesis import given
 from hypothesis import strategies as st
+from typer.testing import CliRunner
 
 import frameloom
-from frameloom.cli.batch import recipe
+from frameloom.cli.app import app
+from frameloom.cli.batch import _preload, recipe
 from frameloom.errors import InputError
 from frameloom.scale.farm import local, worker
 from frameloom.scale.farm.manifest import Unit, gather, matched, pending, read_list
@@ -66,6 +68,12 @@ def plan(folder: Path, out: Path, **texts: str) -> list[Unit]:
     for name, text in texts.items():
         (folder / f"{name}.txt").write_text(text)
     return [Unit(str(folder / f"{name}.txt"), str(out / f"{name}.txt"), recipe={"verb": "shout"}) for name in texts]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def server():
+    """Whoever comes first decides what the server of processes has imported: let it be all that a verb needs."""
+    assert list(local.each(len, iter(["abc"]), 1, None, _preload("interpolate"))) == [("abc", 3)]
 
 
 def echo(path: Path) -> str:
@@ -325,7 +333,7 @@ def by_length(paths: list[str]) -> list[float]:
 
 
 def test_a_header_that_crashes_its_reader_costs_only_its_own_estimate(tmp_path):
-    assert local.costs(["a", "bb", "crash", "ccc"], by_length) == [1.0, 2.0, 0.0, 3.0]
+    assert local.costs(["a", "bb", "crash", "ccc"], look=by_length) == [1.0, 2.0, 0.0, 3.0]
     long = make(tmp_path / "long.mp4", moving(20, 32, 32))
     short = make(tmp_path / "short.mp4", moving(4, 32, 32))
     (tmp_path / "text").write_text("not a video")
@@ -448,9 +456,8 @@ def test_two_workers_make_the_bytes_of_one_and_a_resume_makes_nothing(videos, se
     assert facts["recipe"]["options"]["fps"] == "36"
     assert facts["input"]["sha256"] == tree(videos)["1.mp4"]
     before = {path: path.stat().st_mtime_ns for path in tmp_path.glob("*.mp4*")}
-    done = subprocess.run([sys.executable, *command("local", videos, tmp_path, "--resume", "--json")],
-                          capture_output=True, text=True, env=ENVIRONMENT, timeout=120)  # fmt: skip
-    assert done.returncode == 3, done.stderr
+    done = CliRunner().invoke(app, command("local", videos, tmp_path, "--resume", "--json")[2:])
+    assert done.exit_code == 3, done.stderr
     facts = json.loads(done.stdout)
     assert (facts["made"], facts["kept"], facts["failed"]) == (0, 4, 2)
     assert "failed: " in done.stderr
@@ -597,8 +604,9 @@ def test_torchrun_and_ray_that_are_not_there_say_what_to_do(videos, tmp_path, mo
 # Ray
 
 
-def test_ray_makes_the_same_tree_and_survives_a_worker_that_dies(videos, sequential, tmp_path, capsys):
+def test_ray_makes_the_same_tree_and_survives_a_worker_that_dies(videos, sequential, tmp_path, capsys, monkeypatch):
     ray = pytest.importorskip("ray")
+    monkeypatch.setenv("PYTHONPATH", f"{SRC}:{Path(__file__).parent}")
     ray.init(num_cpus=2, object_store_memory=80 << 20, include_dashboard=False, log_to_driver=False)
     try:
         report = frameloom.batch("interpolate", videos / "*.mp4", tmp_path / "videos", BLEND, engine="ray")

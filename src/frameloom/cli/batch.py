@@ -31,14 +31,14 @@ RESERVED = ("json", "resume", "overwrite", "out")
 
 
 def register(app: typer.Typer) -> None:
-    app.command("batch", context_settings={"allow_extra_args": True})(command)
+    app.command("batch")(command)
 
 
 def command(
-    context: typer.Context,
     verb: Annotated[str, typer.Argument(help='such as interpolate, compress, run, or "edit inpaint"')],
     inputs: Annotated[str, typer.Argument(help="a glob in quotes, 'in/**/*.mp4', or a list: .csv or .jsonl")],
     out: Annotated[Path, typer.Option("--out", "-o", help="the folder of the results")],
+    flags: Annotated[list[str] | None, typer.Argument(help="after --: the verb's own, such as -- --fps 60")] = None,
     engine: Annotated[str, typer.Option(help="local processes, torchrun's ranks, or a ray cluster")] = "local",
     workers: Annotated[int | None, typer.Option(help="files at once; 2 if absent")] = None,
     threads: Annotated[int, typer.Option(help="threads of PyTorch for each file")] = 1,
@@ -58,11 +58,11 @@ def command(
     from frameloom.cli import terminal
 
     terminal.listen()
-    if context.args and not context.args[0].startswith("-"):
-        raise InputError(f"{context.args[0]}: one glob or list is wanted: quote the glob, such as 'in/*.mp4', and "
+    if flags and not flags[0].startswith("-"):
+        raise InputError(f"{flags[0]}: one glob or list is wanted: quote the glob, such as 'in/*.mp4', and "
                          "write -- before the verb's flags")  # fmt: skip
     with terminal.bar("files") as progress:
-        report = batch(verb, inputs, out, context.args, engine=engine, workers=workers, threads=threads, suffix=suffix,
+        report = batch(verb, inputs, out, flags or (), engine=engine, workers=workers, threads=threads, suffix=suffix,
                        resume=resume, overwrite=overwrite, fail_fast=fail_fast, limit=limit, lease=lease,
                        progress=progress)  # fmt: skip
     if report is None:  # another rank than the one that reports

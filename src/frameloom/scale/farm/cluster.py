@@ -51,7 +51,10 @@ def run(worker: Worker, units: list[Unit], workers: int) -> Iterator[Outcome]:
                 unit, tries = running.pop(ready)
                 try:
                     good, answer = ray.get(ready)
-                except ray.exceptions.RayError as error:  # it died as often as max_retries allows
+                except ray.exceptions.RayTaskError as error:  # not even begun: nothing there to import it from
+                    yield failed(unit, 1, reason(error.cause))
+                    continue
+                except ray.exceptions.RayError as error:  # as often as max_retries allows
                     yield failed(unit, worker.tries, f"its process died ({type(error).__name__})")
                     continue
                 if good:

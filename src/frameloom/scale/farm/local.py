@@ -148,17 +148,18 @@ def headers(paths: list[str]) -> list[float]:
     return [_cost(path) for path in paths]
 
 
-def costs(paths: list[str], look: Callable[[list[str]], list[float]] = headers) -> list[float]:
+def costs(paths: list[str], preload: tuple[str, ...] = (),
+          look: Callable[[list[str]], list[float]] = headers) -> list[float]:  # fmt: skip
     """`look(paths)`, in another process: a header can crash a decoder too. Where that dies, in two halves."""
     if not paths:
         return []
-    [(_, found)] = each(look, iter([paths]), 1)
+    [(_, found)] = each(look, iter([paths]), 1, None, preload)
     if not isinstance(found, Died):
         return found
     if len(paths) == 1:
         return [0.0]
     half = len(paths) // 2
-    return costs(paths[:half], look) + costs(paths[half:], look)
+    return costs(paths[:half], preload, look) + costs(paths[half:], preload, look)
 
 
 def _cost(path: str) -> float:

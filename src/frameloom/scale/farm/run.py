@@ -98,7 +98,7 @@ def farm(
         out.mkdir(parents=True, exist_ok=True)
         with _alone(out), _swept(units):
             todo, kept = pending(units, resume, overwrite)
-            todo = _longest_first(todo)
+            todo = _longest_first(todo, worker.preload)
             outcomes = [Outcome(unit.input, unit.output, "kept", 0) for unit in kept]
             progress("files", len(kept), len(units))
             if shared is not None:
@@ -124,12 +124,12 @@ def farm(
     return report
 
 
-def _longest_first(units: list[Unit]) -> list[Unit]:
+def _longest_first(units: list[Unit], preload: tuple[str, ...]) -> list[Unit]:
     """Graham's LPT rule: begun in this order, the last to finish is at most 4/3 - 1/(3 workers) of the best possible.
 
     R. L. Graham, "Bounds on multiprocessing timing anomalies", SIAM J. Appl. Math. 17 (1969).
     """
-    costs = local.costs([unit.input for unit in units])
+    costs = local.costs([unit.input for unit in units], preload)
     costed = [replace(unit, cost=cost) for unit, cost in zip(units, costs, strict=True)]
     return sorted(costed, key=lambda unit: -unit.cost)
 
