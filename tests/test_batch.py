@@ -73,7 +73,8 @@ def plan(folder: Path, out: Path, **texts: str) -> list[Unit]:
 @pytest.fixture(scope="module", autouse=True)
 def server():
     """Whoever comes first decides what the server of processes has imported: let it be all that a verb needs."""
-    assert list(local.each(len, iter(["abc"]), 1, None, _preload("interpolate"))) == [("abc", 3)]
+    modules = tuple(module for verb in ("interpolate", "compress", "flow") for module in _preload(verb))
+    assert list(local.each(len, iter(["abc"]), 1, None, modules)) == [("abc", 3)]
 
 
 def echo(path: Path) -> str:
@@ -326,6 +327,17 @@ def test_fail_fast_stops_what_is_running_and_a_second_batch_waits_its_turn(tmp_p
     assert not (out / "quarantine.jsonl").exists()
 
 
+def which(item: int) -> str:
+    time.sleep(0.2)
+    return os.environ["LOCAL_RANK"]
+
+
+def test_processes_have_numbers_of_their_own_and_share_gpus_in_turn(monkeypatch):
+    monkeypatch.delenv("LOCAL_RANK", raising=False)
+    assert {number for _, number in local.each(which, iter(range(1, 5)), 2)} == {"0", "1"}
+    assert [worker.share("GPU-a,GPU-b", number) for number in range(3)] == ["GPU-a", "GPU-b", "GPU-a"]
+
+
 def by_length(paths: list[str]) -> list[float]:
     if any("crash" in path for path in paths):
         os.kill(os.getpid(), signal.SIGSEGV)
@@ -505,14 +517,19 @@ def running(pid: int) -> bool:
         return False
 
 
-def test_after_kill_9_of_everything_a_resume_ends_in_the_same_tree(videos, sequential, tmp_path):
+@pytest.mark.parametrize("blow", [signal.SIGKILL, signal.SIGINT])
+def test_stopped_in_the_middle_of_a_file_a_resume_ends_in_the_same_tree(videos, sequential, tmp_path, blow):
     process = subprocess.Popen([sys.executable, *command("local", videos, tmp_path)], env=ENVIRONMENT,
-                               stderr=subprocess.DEVNULL)  # fmt: skip
+                               stderr=subprocess.PIPE, text=True)  # fmt: skip
     wait_for(lambda: hidden(tmp_path))
     family = children(process.pid)
-    process.kill()
-    process.wait()
+    process.send_signal(blow)
+    _, said = process.communicate(timeout=60)
     wait_for(lambda: not any(running(pid) for pid in family), 20)  # nobody is left to work for the dead
+    if blow == signal.SIGINT:
+        assert process.returncode == 130
+        assert "stopped; what is made is kept, the same command with --resume goes on" in said
+        assert hidden(tmp_path) == []
     assert all(name in clean(sequential) for name in tree(tmp_path) if ".batch-part" not in name)
     done = subprocess.run([sys.executable, *command("local", videos, tmp_path, "--resume")], env=ENVIRONMENT,
                           capture_output=True, text=True, timeout=120)  # fmt: skip

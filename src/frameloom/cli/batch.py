@@ -125,7 +125,7 @@ def batch(
 
     out = Path(out)
     common = (*arguments, *flags(settings))
-    recipe(verb, common)
+    device = recipe(verb, common)["options"].get("device")
     if threads < 1 or (limit is not None and limit <= 0):
         raise InputError(f"--threads {threads}, --limit {limit}: both are above 0")
 
@@ -134,7 +134,7 @@ def batch(
         return [Unit(row.input, str(row.output), (*common, *row.arguments), recipe(verb, (*common, *row.arguments)))
                 for row in rows]  # fmt: skip
 
-    worker = Worker(perform, threads, limit=limit, preload=_preload(verb))
+    worker = Worker(perform, threads, limit=limit, gpu=device == "cuda", preload=_preload(verb))
     return farm(plan, worker, out, engine=engine, workers=workers, resume=resume, overwrite=overwrite,
                 fail_fast=fail_fast, lease=lease, progress=progress)  # fmt: skip
 

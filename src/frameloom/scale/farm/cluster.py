@@ -40,7 +40,8 @@ def run(worker: Worker, units: list[Unit], workers: int) -> Iterator[Outcome]:
         if mine:
             _join(ray, workers * worker.threads)
         try:
-            attempt = ray.remote(num_cpus=worker.threads, max_retries=worker.tries - 1)(_attempt)
+            wants = {"num_cpus": worker.threads, "num_gpus": int(worker.gpu)}  # without, Ray hides the GPUs
+            attempt = ray.remote(max_retries=worker.tries - 1, **wants)(_attempt)
             running: dict[Any, tuple[Unit, int]] = {}
             while True:
                 while len(running) < workers and (item := again.popleft() if again else next(fresh, None)):

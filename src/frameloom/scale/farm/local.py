@@ -26,12 +26,13 @@ class Died(Exception):
 class _Child:
     """`function(item)` in a process of its own."""
 
-    def __init__(self, function: Callable[[Any], Any], item: Any, limit: float | None, preload: tuple[str, ...]):
+    def __init__(self, function: Callable[[Any], Any], item: Any, slot: int, limit: float | None,
+                 preload: tuple[str, ...]) -> None:  # fmt: skip
         context = multiprocessing.get_context("forkserver")
         context.set_forkserver_preload(["torch", __name__, *preload])
-        self.item, self.limit = item, limit
+        self.item, self.slot, self.limit = item, slot, limit
         self.end, theirs = context.Pipe(duplex=False)
-        self.process = context.Process(target=_child, args=(theirs, function, item), daemon=True)
+        self.process = context.Process(target=_child, args=(theirs, function, item, slot), daemon=True)
         self.process.start()
         self.deadline = time.monotonic() + limit if limit else float("inf")
         theirs.close()
@@ -59,9 +60,10 @@ class _Child:
         self.end.close()
 
 
-def _child(end: Any, function: Callable[[Any], Any], item: Any) -> None:
+def _child(end: Any, function: Callable[[Any], Any], item: Any, slot: int) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C goes to everybody; who started us decides
     threading.Thread(target=_leave_with_parent, daemon=True).start()
+    os.environ.setdefault("LOCAL_RANK", str(slot))  # which of those on this machine; torchrun has said so already
     try:
         answer = True, function(item)
     except BaseException as error:  # noqa: BLE001 - whatever it was, the parent tells it
@@ -93,7 +95,8 @@ def each(function: Callable[[Any], Any], items: Iterator[Any], processes: int, l
                 if item is None:
                     more = False
                 else:
-                    running.append(_Child(function, item, limit, preload))
+                    slot = min(set(range(processes)) - {child.slot for child in running})
+                    running.append(_Child(function, item, slot, limit, preload))
             if not running:
                 continue
             patience = min(child.deadline for child in running) - time.monotonic()

@@ -45,13 +45,15 @@ class Worker:
 
     `perform` must be importable by name. `threads` is what PyTorch may use, the same for every unit: on another number
     of threads sums can come out in another order, and the bytes of a result should not depend on how many workers
-    there were. A unit is tried `tries` times, for at most `limit` seconds each time.
+    there were. A unit is tried `tries` times, for at most `limit` seconds each time. With `gpu`, workers on a machine
+    with several GPUs see one each, in turn.
     """
 
     perform: Perform
     threads: int = 1
     tries: int = 2
     limit: float | None = None
+    gpu: bool = False
     preload: tuple[str, ...] = ()
 
     def attempt(self, unit: Unit) -> dict[str, Any]:
@@ -62,6 +64,9 @@ class Worker:
         import torch
 
         torch.set_num_threads(self.threads)
+        if self.gpu and "LOCAL_RANK" in os.environ and (count := torch.cuda.device_count()) > 1:
+            visible = os.environ.get("CUDA_VISIBLE_DEVICES") or ",".join(map(str, range(count)))
+            os.environ["CUDA_VISIBLE_DEVICES"] = share(visible, int(os.environ["LOCAL_RANK"]))
         begun = time.perf_counter()
         output = Path(unit.output)
         source = fingerprint(unit.input)
@@ -82,6 +87,12 @@ class Worker:
         finally:
             shutil.rmtree(scratch, ignore_errors=True)
         return facts | {"seconds": round(time.perf_counter() - begun, 3)}
+
+
+def share(visible: str, number: int) -> str:
+    """The GPU of the worker of that number: `"0,1,2"` in turn."""
+    names = visible.split(",")
+    return names[number % len(names)]
 
 
 def publish(draft: Path, output: Path, sidecar: Path, note: str) -> None:
