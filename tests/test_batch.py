@@ -22,8 +22,9 @@ from typer.testing import CliRunner
 import frameloom
 from frameloom.cli.app import app
 from frameloom.cli.batch import _preload, recipe
+from frameloom.cli.batch import check as batch_check
 from frameloom.errors import InputError
-from frameloom.scale.farm import local, worker
+from frameloom.scale.farm import local, torchrun, worker
 from frameloom.scale.farm.manifest import Unit, gather, matched, pending, read_list
 from frameloom.scale.farm.run import farm
 from frameloom.scale.farm.torchrun import SharedList
@@ -419,6 +420,16 @@ def test_of_two_ranks_only_one_inherits_and_a_unit_that_kills_its_ranks_is_given
     [outcome] = b.outcomes()
     assert (outcome.status, outcome.tries) == ("failed", 2)
     assert "died or fell silent, 2 times" in outcome.error
+
+
+def test_a_rank_with_another_version_takes_nothing(ranks):
+    unit = Unit("a.mp4", "a.mp4", BLEND, recipe("interpolate", BLEND))
+    batch_check(unit)
+    other = replace(unit, recipe=unit.recipe | {"version": {"frameloom": "0.0.9", "method": "blend"}})
+    ranks[0].publish([other])
+    with pytest.raises(InputError, match=r"frameloom is 0\.1\.0 on this machine and 0\.0\.9 on the one that planned"):
+        torchrun.follow(Worker(shout, check=batch_check), ranks[1], False)
+    assert next(ranks[0].take()) == other
 
 
 # Real verbs

@@ -134,18 +134,14 @@ def batch(
         return [Unit(row.input, str(row.output), (*common, *row.arguments), recipe(verb, (*common, *row.arguments)))
                 for row in rows]  # fmt: skip
 
-    worker = Worker(perform, threads, limit=limit, gpu=device == "cuda", preload=_preload(verb))
+    worker = Worker(perform, threads, limit=limit, gpu=device == "cuda", preload=_preload(verb), check=check)
     return farm(plan, worker, out, engine=engine, workers=workers, resume=resume, overwrite=overwrite,
                 fail_fast=fail_fast, lease=lease, progress=progress)  # fmt: skip
 
 
 def perform(unit: "Unit", draft: Path) -> dict[str, Any]:
     """Run the verb's command on one file in this process; how many frames there are, and what it had to note."""
-    verb, planned = unit.recipe["verb"], unit.recipe["version"]
-    here = _version(verb, unit.recipe["options"])
-    if here != planned:
-        raise InputError(f"{unit.output}: this machine has {here}, the one that planned the batch has {planned}; "
-                         "install the same on both")  # fmt: skip
+    verb = unit.recipe["verb"]
     command = _command(verb)
     printed, said = io.StringIO(), io.StringIO()
     # A name that begins with a dash would be read as a flag.
@@ -156,6 +152,15 @@ def perform(unit: "Unit", draft: Path) -> dict[str, Any]:
     facts = text.loads(printed.getvalue())
     notes = [line.removeprefix("note: ") for line in said.getvalue().splitlines() if line.startswith("note: ")]
     return {"frames": facts.get("frames"), "notes": notes}
+
+
+def check(unit: "Unit") -> None:
+    """Raises InputError where this machine has another version than the one that planned the batch."""
+    here, planned = _version(unit.recipe["verb"], unit.recipe["options"]), unit.recipe["version"]
+    for part in here | planned:
+        if here.get(part) != planned.get(part):
+            raise InputError(f"{unit.output}: {part} is {here.get(part)} on this machine and {planned.get(part)} on the "
+                             "one that planned the batch; install the same on both")  # fmt: skip
 
 
 @cache

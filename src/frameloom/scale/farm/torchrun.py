@@ -190,9 +190,14 @@ def lead(worker: Worker, shared: SharedList, fail_fast: bool, tell: Callable[[in
 
 
 def follow(worker: Worker, shared: SharedList, fail_fast: bool) -> None:
-    """Every other rank does its share, if rank 0 has a list for it."""
+    """Every other rank does its share, if rank 0 has a list for it.
+
+    Raises InputError where `worker.check` does, before it takes anything.
+    """
     with _connected():
         if shared.receive():
+            for unit in {json.dumps(unit.recipe): unit for unit in shared.units}.values():
+                worker.check(unit)
             with shared.alive():
                 _share(worker, shared, fail_fast)
                 shared.farewell()

@@ -24,19 +24,23 @@ Perform = Callable[[Unit, Path], dict[str, Any]]
 
 @dataclass(frozen=True)
 class Outcome:
-    """What became of a unit: `made`, `kept` from an earlier run, or `failed` with the reason."""
+    """What became of a unit: `made`, `kept` from an earlier run, or `failed` with the reason.
+
+    `begun` is the Unix time at which the attempt that made it began, and `seconds` what that took.
+    """
 
     input: str
     output: str
     status: str
     tries: int = 1
     frames: int | None = None
+    begun: float = 0.0
     seconds: float = 0.0
     notes: list[str] = field(default_factory=list)
     error: str = ""
 
     def as_dict(self) -> dict[str, Any]:
-        return {key: value for key, value in asdict(self).items() if value not in (None, "", [])}
+        return {key: value for key, value in asdict(self).items() if value not in (None, "", [], 0.0)}
 
 
 @dataclass(frozen=True)
@@ -46,7 +50,7 @@ class Worker:
     `perform` must be importable by name. `threads` is what PyTorch may use, the same for every unit: on another number
     of threads sums can come out in another order, and the bytes of a result should not depend on how many workers
     there were. A unit is tried `tries` times, for at most `limit` seconds each time. With `gpu`, workers on a machine
-    with several GPUs see one each, in turn.
+    with several GPUs see one each, in turn. `check` raises InputError on a machine that would make something else.
     """
 
     perform: Perform
@@ -55,9 +59,10 @@ class Worker:
     limit: float | None = None
     gpu: bool = False
     preload: tuple[str, ...] = ()
+    check: Callable[[Unit], None] = lambda unit: None
 
     def attempt(self, unit: Unit) -> dict[str, Any]:
-        """Make the output in this process. Returns what `perform` said, and `seconds`.
+        """Make the output in this process. Returns what `perform` said, `begun` and `seconds`.
 
         Raises whatever `perform` does; then there is no trace of the attempt.
         """
@@ -67,7 +72,8 @@ class Worker:
         if self.gpu and "LOCAL_RANK" in os.environ and (count := torch.cuda.device_count()) > 1:
             visible = os.environ.get("CUDA_VISIBLE_DEVICES") or ",".join(map(str, range(count)))
             os.environ["CUDA_VISIBLE_DEVICES"] = share(visible, int(os.environ["LOCAL_RANK"]))
-        begun = time.perf_counter()
+        clock, begun = time.time(), time.perf_counter()
+        self.check(unit)
         output = Path(unit.output)
         source = fingerprint(unit.input)
         output.parent.mkdir(parents=True, exist_ok=True)
@@ -86,7 +92,7 @@ class Worker:
             raise InputError(str(error).replace(f"{scratch}{os.sep}", f"{output.parent}{os.sep}")) from None
         finally:
             shutil.rmtree(scratch, ignore_errors=True)
-        return facts | {"seconds": round(time.perf_counter() - begun, 3)}
+        return facts | {"begun": round(clock, 3), "seconds": round(time.perf_counter() - begun, 3)}
 
 
 def share(visible: str, number: int) -> str:
@@ -120,7 +126,7 @@ def reason(error: BaseException) -> str:
 
 
 def made(unit: Unit, tries: int, facts: dict[str, Any]) -> Outcome:
-    return Outcome(unit.input, unit.output, "made", tries, facts.get("frames"), facts["seconds"],
+    return Outcome(unit.input, unit.output, "made", tries, facts.get("frames"), facts["begun"], facts["seconds"],
                    facts.get("notes", []))  # fmt: skip
 
 
