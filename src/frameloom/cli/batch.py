@@ -159,8 +159,8 @@ def check(unit: "Unit") -> None:
     here, planned = _version(unit.recipe["verb"], unit.recipe["options"]), unit.recipe["version"]
     for part in here | planned:
         if here.get(part) != planned.get(part):
-            raise InputError(f"{unit.output}: {part} is {here.get(part)} on this machine and {planned.get(part)} on the "
-                             "one that planned the batch; install the same on both")  # fmt: skip
+            raise InputError(f"{unit.output}: {part} is {here.get(part)} on this machine and {planned.get(part)} on "
+                             "the one that planned the batch; install the same on both")  # fmt: skip
 
 
 @cache

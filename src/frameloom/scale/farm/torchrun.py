@@ -196,8 +196,9 @@ def follow(worker: Worker, shared: SharedList, fail_fast: bool) -> None:
     """
     with _connected():
         if shared.receive():
-            for unit in {json.dumps(unit.recipe): unit for unit in shared.units}.values():
-                worker.check(unit)
+            if worker.check is not None:
+                for unit in {json.dumps(unit.recipe): unit for unit in shared.units}.values():
+                    worker.check(unit)
             with shared.alive():
                 _share(worker, shared, fail_fast)
                 shared.farewell()

@@ -59,7 +59,7 @@ class Worker:
     limit: float | None = None
     gpu: bool = False
     preload: tuple[str, ...] = ()
-    check: Callable[[Unit], None] = lambda unit: None
+    check: Callable[[Unit], None] | None = None
 
     def attempt(self, unit: Unit) -> dict[str, Any]:
         """Make the output in this process. Returns what `perform` said, `begun` and `seconds`.
@@ -73,7 +73,8 @@ class Worker:
             visible = os.environ.get("CUDA_VISIBLE_DEVICES") or ",".join(map(str, range(count)))
             os.environ["CUDA_VISIBLE_DEVICES"] = share(visible, int(os.environ["LOCAL_RANK"]))
         clock, begun = time.time(), time.perf_counter()
-        self.check(unit)
+        if self.check is not None:
+            self.check(unit)
         output = Path(unit.output)
         source = fingerprint(unit.input)
         output.parent.mkdir(parents=True, exist_ok=True)
