@@ -384,6 +384,21 @@ def test_ranks_share_a_list_without_overlap_and_all_learn_its_end(ranks):
     assert [outcome.input for outcome in ranks[0].outcomes()] == list("012345")
 
 
+def test_a_list_longer_than_a_message_arrives_whole(ranks, monkeypatch):
+    monkeypatch.setattr(torchrun, "PIECE", 4)
+    units = [Unit(f"{k}", f"out/{k}", ("--fps", "60"), {"verb": "x", "fps": k % 2}) for k in range(9)]
+    ranks[0].publish(units)
+    assert ranks[1].receive()
+    assert ranks[1].units == units
+    for unit in units[:-1]:
+        note(ranks[1], unit)
+    assert ranks[0]._open() == [8]
+    assert [outcome.input for outcome in ranks[0].outcomes()] == list("01234567")
+    ranks[0].abandon()
+    assert not ranks[1].receive()
+    assert next(ranks[1].take(), None) is None
+
+
 def test_a_silent_ranks_unit_passes_on_once_its_lease_is_over(ranks, monkeypatch):
     clock = [0.0]
     monkeypatch.setattr("frameloom.scale.farm.torchrun.time.monotonic", lambda: clock[0])
@@ -498,6 +513,16 @@ def test_verbs_that_write_other_things_and_rows_with_options_of_their_own(videos
     assert {path.name for path in (tmp_path / "flow").iterdir()} == {"0", "3", "0.batch.json", "3.batch.json"}
     report = frameloom.batch("flow", videos / "[03].mp4", tmp_path / "flow", method="dis", resume=True)
     assert [outcome.status for outcome in report.outcomes] == ["kept", "kept"]
+
+
+def test_a_script_without_a_guard_is_not_run_again_in_every_process(videos, tmp_path):
+    script = tmp_path / "script.py"
+    script.write_text(f"""import frameloom
+report = frameloom.batch("interpolate", "{videos}/3.mp4", "{tmp_path}/out", {BLEND}, workers=1)
+print([outcome.error or outcome.status for outcome in report.outcomes])
+""")
+    done = subprocess.run([sys.executable, str(script)], capture_output=True, text=True, env=ENVIRONMENT, timeout=120)
+    assert done.stdout == "['made']\n", done.stderr
 
 
 def wait_for(condition, seconds: float = 90.0):

@@ -7,11 +7,13 @@ outlives the file, so that memory cannot grow over a long list.
 import multiprocessing
 import os
 import signal
+import sys
 import threading
 import time
+import types
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import closing
+from contextlib import closing, contextmanager
 from multiprocessing.connection import wait
 from typing import Any
 
@@ -33,7 +35,8 @@ class _Child:
         self.item, self.slot, self.limit = item, slot, limit
         self.end, theirs = context.Pipe(duplex=False)
         self.process = context.Process(target=_child, args=(theirs, function, item, slot), daemon=True)
-        self.process.start()
+        with _without_main():
+            self.process.start()
         self.deadline = time.monotonic() + limit if limit else float("inf")
         theirs.close()
 
@@ -58,6 +61,17 @@ class _Child:
             self.process.kill()
             self.process.join()
         self.end.close()
+
+
+@contextmanager
+def _without_main() -> Iterator[None]:
+    """Processes started here do not run the caller's script again, which need not guard itself against that."""
+    main = sys.modules["__main__"]
+    sys.modules["__main__"] = types.ModuleType("__main__")
+    try:
+        yield
+    finally:
+        sys.modules["__main__"] = main
 
 
 def _child(end: Any, function: Callable[[Any], Any], item: Any, slot: int) -> None:
@@ -153,10 +167,10 @@ def headers(paths: list[str]) -> list[float]:
 
 def costs(paths: list[str], preload: tuple[str, ...] = (),
           look: Callable[[list[str]], list[float]] = headers) -> list[float]:  # fmt: skip
-    """`look(paths)`, in another process: a header can crash a decoder too. Where that dies, in two halves."""
+    """`look(paths)`, in another process: a header can crash a decoder, or hang it. Where it does, in two halves."""
     if not paths:
         return []
-    [(_, found)] = each(look, iter([paths]), 1, None, preload)
+    [(_, found)] = each(look, iter([paths]), 1, 60.0 + len(paths), preload)
     if not isinstance(found, Died):
         return found
     if len(paths) == 1:

@@ -16,6 +16,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import asdict
+from itertools import pairwise
 from typing import TYPE_CHECKING
 
 from frameloom.errors import InputError, Interrupted
@@ -26,6 +27,7 @@ from frameloom.scale.farm.worker import Outcome, Worker, failed
 if TYPE_CHECKING:
     from torch.distributed import Store
 
+PIECE = 1000  # units in one message
 VARIABLES = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 
 
@@ -60,9 +62,14 @@ class SharedList:
         self._watched: dict[str, tuple[bytes, float]] = {}
 
     def publish(self, units: list[Unit]) -> None:
-        """Rank 0 gives out the list."""
+        """Rank 0 gives out the list: every recipe once, and units in pieces, for a store does not take any length."""
         self._hold(units)
-        self.store.set("units", json.dumps([asdict(unit) for unit in units]))
+        recipes = list({json.dumps(unit.recipe): None for unit in units})
+        number = {text: k for k, text in enumerate(recipes)}
+        rows = [(unit.input, unit.output, unit.arguments, number[json.dumps(unit.recipe)]) for unit in units]
+        for first in range(0, len(rows), PIECE):
+            self.store.set(f"units/{first}", json.dumps(rows[first : first + PIECE]))
+        self.store.set("units", json.dumps({"count": len(rows), "recipes": [json.loads(text) for text in recipes]}))
 
     def abandon(self) -> None:
         """Rank 0 has no list, or cannot go on: the others are to leave."""
@@ -72,9 +79,13 @@ class SharedList:
 
     def receive(self) -> bool:
         """The other ranks wait for it. False if there is none."""
-        rows = json.loads(self.store.get("units"))
-        self._hold([Unit(**row | {"arguments": tuple(row["arguments"])}) for row in rows or []])
-        return rows is not None
+        head = json.loads(self.store.get("units"))
+        units = []
+        for first in range(0, head["count"] if head else 0, PIECE):
+            for source, output, arguments, number in json.loads(self.store.get(f"units/{first}")):
+                units.append(Unit(source, output, tuple(arguments), head["recipes"][number]))
+        self._hold(units)
+        return head is not None
 
     def _hold(self, units: list[Unit]) -> None:
         self.units, self._numbers = units, {unit.output: number for number, unit in enumerate(units)}
@@ -84,8 +95,8 @@ class SharedList:
         while not self.stopped and (number := self.store.add("cursor", 1) - 1) < len(self.units):
             self.store.set(f"holder/{number}", f"{self.rank} 1")
             yield self.units[number]
-        while not self.stopped and (open_units := self._open(0, len(self.units))):
-            for number in open_units:
+        while not self.stopped and (left := self._open()):
+            for number in left:
                 if self._lost(number) and self._take_over(number):
                     yield self.units[number]
             time.sleep(min(0.2, self.lease / 10))
@@ -103,18 +114,25 @@ class SharedList:
 
     def outcomes(self) -> list[Outcome]:
         """Of all units that have one."""
-        left = set(self._open(0, len(self.units)))
+        left = set(self._open())
         keys = [f"outcome/{number}" for number in range(len(self.units)) if number not in left]
-        return [Outcome(**json.loads(text)) for text in (self.store.multi_get(keys) if keys else [])]
+        found: list[bytes] = []
+        for first in range(0, len(keys), PIECE):
+            found += self.store.multi_get(keys[first : first + PIECE])
+        return [Outcome(**json.loads(text)) for text in found]
 
-    def _open(self, first: int, last: int) -> list[int]:
-        """Units without an outcome: one question if there are none, and few more if there are few."""
-        if first == last or self.store.check([f"outcome/{number}" for number in range(first, last)]):
+    def _open(self) -> list[int]:
+        """Units without an outcome: few questions if there are few."""
+        ends = [*range(0, len(self.units), PIECE), len(self.units)]
+        return [number for pair in pairwise(ends) for number in self._open_in(*pair)]
+
+    def _open_in(self, first: int, last: int) -> list[int]:
+        if self.store.check([f"outcome/{number}" for number in range(first, last)]):
             return []
         if last - first == 1:
             return [first]
         half = (first + last) // 2
-        return self._open(first, half) + self._open(half, last)
+        return self._open_in(first, half) + self._open_in(half, last)
 
     def _holder(self, number: int) -> bytes:
         return self.store.get(f"holder/{number}") if self.store.check([f"holder/{number}"]) else b""
