@@ -4,6 +4,7 @@ import contextlib
 import glob
 import hashlib
 import json
+import multiprocessing
 import os
 import signal
 import socket
@@ -318,6 +319,7 @@ def test_fail_fast_stops_what_is_running_and_a_second_batch_waits_its_turn(tmp_p
     assert time.monotonic() - begun < 30  # the other one hangs for a minute
     assert [outcome.status for outcome in report.outcomes] == ["failed"]
     assert hidden(out) == []
+    assert multiprocessing.active_children() == []
 
     def busy(label: str, done: int, total: int | None) -> None:
         with pytest.raises(InputError, match="another batch is at work there"):
@@ -626,7 +628,9 @@ def test_a_dead_ranks_unit_passes_on_where_the_others_live(tmp_path):
              for rank in range(2)]  # fmt: skip
     try:
         wait_for((tmp_path / "in" / "lull").exists)
+        family = children(ranks[1].pid)
         ranks[1].kill()
+        wait_for(lambda: not any(running(pid) for pid in family), 20)  # nor does what it was at go on for a minute
         printed, _ = ranks[0].communicate(timeout=60)
     finally:
         for process in ranks:
