@@ -9,10 +9,10 @@ import difflib
 import hashlib
 import importlib.resources
 import io
-import json as text
 from collections.abc import Callable
 from contextlib import redirect_stderr, redirect_stdout
 from functools import cache
+from json import dumps, loads
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -149,7 +149,7 @@ def perform(unit: "Unit", draft: Path) -> dict[str, Any]:
     words = [*paths, "--json", *unit.arguments]
     with redirect_stdout(printed), redirect_stderr(said), command.make_context(verb, words) as context:
         command.invoke(context)
-    facts = text.loads(printed.getvalue())
+    facts = loads(printed.getvalue())
     notes = [line.removeprefix("note: ") for line in said.getvalue().splitlines() if line.startswith("note: ")]
     return {"frames": facts.get("frames"), "notes": notes}
 
@@ -184,7 +184,7 @@ def recipe(verb: str, arguments: tuple[str, ...]) -> dict[str, Any]:
         parse(given["do"])
     positional = [parameter.name for parameter in command.params if parameter.param_type_name == "argument"]
     # Through JSON and back, so that it compares with what a sidecar says.
-    chosen = text.loads(text.dumps({name: value for name, value in given.items() if value is not None and
+    chosen = loads(dumps({name: value for name, value in given.items() if value is not None and
                                     name not in (*positional, *RESERVED)}, default=str))  # fmt: skip
     return {"verb": verb, "options": chosen, "version": _version(verb, chosen)}
 
