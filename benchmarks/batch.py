@@ -4,10 +4,10 @@
 
 Clips of the world of 6 to 60 frames are interpolated to 3/2 of their rate by `dis`, in four ways in one run: a command
 for every file, one after the other; the same by `xargs -P`; a batch with one worker; a batch with several. Of each
-the quickest round counts, and all four must end in the same bytes. The last one's seconds per unit give the makespans that list scheduling would have with no
-time between units: longest first (what a batch does) and as listed. No order can beat max(longest, sum / workers);
-Graham's bound for longest first is 4/3 - 1/(3 workers) of the best. The last lines simulate a thousand workers with
-heavy-tailed units.
+the quickest round counts, and all four must end in the same bytes. The last one's seconds per unit give the makespans
+that list scheduling would have with no time between units: longest first (what a batch does) and as listed. No order
+can beat max(longest, sum / workers); Graham's bound for longest first is 4/3 - 1/(3 workers) of the best. The last
+lines simulate a thousand workers with heavy-tailed units.
 """
 
 import argparse
