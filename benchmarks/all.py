@@ -24,6 +24,7 @@ def main() -> None:
     run("motion")
     run("qmoe")
     run("serve")
+    run("batch")
     folder = Path(sys.argv[1]) if len(sys.argv) > 1 else None
     clips = sorted(str(path) for path in folder.glob("*.mp4")) if folder and folder.is_dir() else []
     if not clips:

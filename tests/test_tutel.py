@@ -604,9 +604,9 @@ def test_the_flag_says_what_is_wrong(flag, message):
         mixture.config("stiv", flag)
 
 
-def test_experts_and_a_mesh_together_are_refused(tmp_path):
-    with pytest.raises(InputError, match="--moe: goes without --parallel"):
-        models.train("stiv", tmp_path / "run", moe="experts=4", parallel="pp=1")
+def test_experts_and_stages_together_are_refused(tmp_path):
+    with pytest.raises(InputError, match="a model with mixtures of experts takes dp alone"):
+        models.train("stiv", tmp_path / "run", moe="experts=4", parallel="pp=2")
     assert not (tmp_path / "run").exists()
 
 

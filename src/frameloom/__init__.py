@@ -15,6 +15,7 @@ __version__ = "0.1.0"
 _HOMES = {
     "Clip": "frameloom.video.clip",
     "InputError": "frameloom.errors",
+    "batch": "frameloom.cli.batch",
     "card": "frameloom.cards",
     "cards": "frameloom.cards",
     "compress": "frameloom.tasks.compression",

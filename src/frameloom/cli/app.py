@@ -4,7 +4,7 @@ import sys
 
 import typer
 
-from frameloom.cli import edit, make, models, quantize, scale, serve, toolbox, verbs
+from frameloom.cli import batch, edit, make, models, quantize, scale, serve, toolbox, verbs
 
 app = typer.Typer(
     name="frameloom",
@@ -14,7 +14,7 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-for group in (make, verbs, edit, models, scale, quantize, serve, toolbox):
+for group in (make, verbs, edit, models, scale, quantize, serve, batch, toolbox):
     group.register(app)
 
 

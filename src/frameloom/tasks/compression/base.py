@@ -58,6 +58,7 @@ class Report:
     path: Path
     method: str
     bytes: int
+    frames: int
     bits_per_pixel: float
     seconds: float
 
@@ -126,7 +127,7 @@ def compress(
         state.forget()
     header = parse(data).header
     rate = bits_per_pixel(len(data), header.frames, header.height, header.width)
-    return Report(path, method, len(data), rate, time.perf_counter() - started)
+    return Report(path, method, len(data), header.frames, rate, time.perf_counter() - started)
 
 
 def _segment(clip: Clip, method: str, segment: int | None) -> int | None:
