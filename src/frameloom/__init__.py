@@ -29,6 +29,7 @@ _HOMES = {
     "predict": "frameloom.tasks.generation",
     "read": "frameloom.video.reader",
     "stabilize": "frameloom.tasks.stabilization",
+    "stream": "frameloom.scale.stream",
     "train": "frameloom.training.loop",
     "write": "frameloom.video.writer",
 }

@@ -2,8 +2,9 @@
 
 A store is two functions, so that anything can be one: a compressed file whose fetch is a decode, a network drive.
 
-    fetch(block) -> {name: tensor}      its weights, on the host
-    release(block)                      they were copied; what holding them cost may go
+    fetch(block, into)   fill the tensors `into`, by name, which are on the device, with the block's weights
+    homes(block)         the store's own tensors, if it has such, which stand for the block's parameters while the block
+                         is away, and which an optimiser may write to
 
 `fetch` is called from the thread that loads ahead, one block at a time.
 """
@@ -27,39 +28,26 @@ from frameloom.progress import Progress, silent
 
 @runtime_checkable
 class Store(Protocol):
-    """The weights of blocks, by the number of the block.
+    """The weights of blocks, by the number of the block. Where `homes` is None, blocks can be run and not trained."""
 
-    `writable` says that what `fetch` gives is the store's own memory: a parameter that is out of the window has it as
-    its data, and what an optimiser writes there is what the next fetch gives. Of a store that is not, blocks can be
-    run and not trained.
-    """
+    def fetch(self, block: int, into: Mapping[str, Tensor]) -> None: ...
 
-    writable: bool
-
-    def fetch(self, block: int) -> Mapping[str, Tensor]: ...
-
-    def release(self, block: int) -> None: ...
+    def homes(self, block: int) -> Mapping[str, Tensor] | None: ...
 
 
 class RamStore:
     """Weights in main memory, page-locked (pinned) where a GPU is to copy them while it computes."""
 
-    writable = True
-
     def __init__(self, blocks: Sequence[Mapping[str, Tensor]], pin: bool = False) -> None:
-        # One block after another, so that the copies of no more than one are there beside the originals.
-        self._blocks = [{name: _pinned(value) if pin else value.detach() for name, value in block.items()}
-                        for block in blocks]  # fmt: skip
+        self._blocks = [{name: value.detach().cpu().pin_memory() if pin else value.detach()
+                         for name, value in block.items()} for block in blocks]  # fmt: skip
 
-    def fetch(self, block: int) -> Mapping[str, Tensor]:
+    def fetch(self, block: int, into: Mapping[str, Tensor]) -> None:
+        for name, value in self._blocks[block].items():
+            into[name].copy_(value, non_blocking=True)
+
+    def homes(self, block: int) -> Mapping[str, Tensor]:
         return self._blocks[block]
-
-    def release(self, block: int) -> None:
-        pass
-
-
-def _pinned(value: Tensor) -> Tensor:
-    return value.detach().cpu().pin_memory()
 
 
 # --- files -----------------------------------------------------------------------------------------------------------
@@ -76,9 +64,9 @@ ALIGNMENT = 64
 
 @dataclass(frozen=True)
 class _Entry:
-    """A tensor in a mapped file: `begin` in bytes from the start of the file."""
+    """A tensor in a file: `begin` in bytes from the start of the file."""
 
-    map: mmap.mmap
+    file: BinaryIO
     begin: int
     dtype: torch.dtype
     shape: tuple[int, ...]
@@ -87,28 +75,30 @@ class _Entry:
     def bytes(self) -> int:
         return math.prod(self.shape) * self.dtype.itemsize
 
-    def tensor(self) -> Tensor:
-        """A view of the file; nothing is read before it is looked at."""
-        if not self.bytes:
-            return torch.empty(self.shape, dtype=self.dtype)
-        flat = torch.frombuffer(self.map, dtype=self.dtype, count=math.prod(self.shape), offset=self.begin)
-        return flat.view(self.shape)
-
-    def advise(self, option: str) -> None:
-        """Tell the kernel, where it listens, about this tensor's pages; those at its ends may be its neighbours' too."""
-        start = self.begin // mmap.PAGESIZE * mmap.PAGESIZE
-        if self.bytes and hasattr(mmap, option):
-            self.map.madvise(getattr(mmap, option), start, self.begin + self.bytes - start)
+    def read(self, into: Tensor) -> None:
+        """Read it from the file into a tensor; straight into its memory where that is laid out like the file."""
+        straight = into.device.type == "cpu" and into.dtype == self.dtype and into.is_contiguous()
+        own = into if straight else torch.empty(self.shape, dtype=self.dtype)
+        if self.bytes:
+            raw = memoryview(own.detach().reshape(-1).view(torch.uint8).numpy())
+            got = 0
+            while got < self.bytes:  # a read may stop early, as it does at 2 GB
+                count = os.preadv(self.file.fileno(), [raw[got:]], self.begin + got)
+                if not count:
+                    raise OSError(f"{self.file.name}: became shorter while it was in use")
+                got += count
+        if not straight:
+            into.copy_(own)
 
 
 class DiskStore:
-    """Weights in files that are mapped into memory: read ahead when fetched, out of memory again when released.
+    """Weights in files. What is read goes straight into the slot; the system's cache of files is all that is beside it.
 
     Make one with `of` (a checkpoint that is there: read only) or `written` (a scratch file: also for training).
     """
 
-    def __init__(self, blocks: Sequence[Mapping[str, _Entry]], writable: bool) -> None:
-        self._blocks, self.writable = blocks, writable
+    def __init__(self, blocks: Sequence[Mapping[str, _Entry]], mapped: mmap.mmap | None = None) -> None:
+        self._blocks, self._mapped = blocks, mapped
 
     @staticmethod
     def of(checkpoint: "Checkpoint", blocks: Sequence[Mapping[str, Tensor]]) -> "DiskStore":
@@ -116,7 +106,7 @@ class DiskStore:
 
         Raises InputError for a tensor that is not there or has another shape.
         """
-        return DiskStore([checkpoint.entries(block) for block in blocks], writable=False)
+        return DiskStore([checkpoint.entries(block) for block in blocks])
 
     @staticmethod
     def written(blocks: Sequence[Mapping[str, Tensor]], folder: str | Path | None = None,
@@ -128,29 +118,37 @@ class DiskStore:
         if folder is None and "TMPDIR" not in os.environ and Path("/var/tmp").is_dir():
             folder = "/var/tmp"
         try:
-            with tempfile.TemporaryFile(dir=folder, prefix="frameloom") as file:
-                places = []
-                for number, block in enumerate(blocks):
-                    places.append({name: _append(file, value) for name, value in block.items()})
-                    progress("writing blocks to disk", number + 1, len(blocks))
-                file.flush()
-                mapped = mmap.mmap(file.fileno(), 0)
+            file = tempfile.TemporaryFile(dir=folder, prefix="frameloom")  # noqa: SIM115 - as long as the store
+            found = []
+            for number, block in enumerate(blocks):
+                found.append({name: _Entry(file, _append(file, value), value.dtype, tuple(value.shape))
+                              for name, value in block.items()})  # fmt: skip
+                progress("writing blocks to disk", number + 1, len(blocks))
+            file.flush()
+            return DiskStore(found, mmap.mmap(file.fileno(), 0))
         except OSError as error:
             raise InputError(f"store disk: {folder or tempfile.gettempdir()} cannot take the blocks "
                              f"({error.strerror}); set TMPDIR to a folder on a disk with room") from None  # fmt: skip
-        found = [{name: _Entry(mapped, begin, block[name].dtype, tuple(block[name].shape))
-                  for name, begin in place.items()} for place, block in zip(places, blocks, strict=True)]  # fmt: skip
-        return DiskStore(found, writable=True)
 
-    def fetch(self, block: int) -> Mapping[str, Tensor]:
-        entries = self._blocks[block]
-        for entry in entries.values():
-            entry.advise("MADV_WILLNEED")
-        return {name: entry.tensor() for name, entry in entries.items()}
+    def fetch(self, block: int, into: Mapping[str, Tensor]) -> None:
+        for name, entry in self._blocks[block].items():
+            entry.read(into[name])
+            self._unmap(entry)
 
-    def release(self, block: int) -> None:
-        for entry in self._blocks[block].values():
-            entry.advise("MADV_DONTNEED")
+    def homes(self, block: int) -> Mapping[str, Tensor] | None:
+        """The scratch file as tensors: memory that is on disk, and in RAM only where somebody looks or writes."""
+        if self._mapped is None:
+            return None
+        return {name: torch.frombuffer(self._mapped, dtype=entry.dtype, count=math.prod(entry.shape),
+                                       offset=entry.begin).view(entry.shape) if entry.bytes
+                else torch.empty(entry.shape, dtype=entry.dtype)
+                for name, entry in self._blocks[block].items()}  # fmt: skip
+
+    def _unmap(self, entry: _Entry) -> None:
+        """What an optimiser wrote stays in the file, and no longer in this process's memory."""
+        if self._mapped is not None and entry.bytes and hasattr(mmap, "MADV_DONTNEED"):
+            start = entry.begin // mmap.PAGESIZE * mmap.PAGESIZE
+            self._mapped.madvise(mmap.MADV_DONTNEED, start, entry.begin + entry.bytes - start)
 
 
 def _append(file: BinaryIO, value: Tensor) -> int:
@@ -162,7 +160,7 @@ def _append(file: BinaryIO, value: Tensor) -> int:
 
 
 class Checkpoint:
-    """The tensors of a safetensors file, or of all files of a sharded checkpoint, mapped and not read.
+    """Where the tensors of a safetensors file, or of all files of a sharded checkpoint, are; nothing else is read.
 
     Raises InputError for a path that is neither and for a damaged file.
     """
@@ -208,24 +206,21 @@ def _files(path: Path) -> list[Path]:
 
 def _table(path: Path) -> dict[str, _Entry]:
     """A safetensors file's table of contents; every number in it is checked against the file."""
-    with open(path, "rb") as file:
-        size = os.fstat(file.fileno()).st_size
-        length = int.from_bytes(file.read(8), "little")
-        if size <= 8 or not 2 <= length <= min(size - 8, MOST_HEADER):
-            raise InputError(f"{path}: not a safetensors file, or one that ends early")
-        try:
-            table: dict[str, Any] = json.loads(file.read(length))
-            # Private: what is mapped can be looked at as tensors, and the checkpoint is never written to.
-            mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
-            found = {name: _entry(mapped, 8 + length, size, row) for name, row in table.items() if name[:2] != "__"}
-        except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
-            raise InputError(f"{path}: its table of contents is damaged; get the file again") from None
-    return found
+    file = open(path, "rb")  # noqa: SIM115 - as long as its entries
+    size = os.fstat(file.fileno()).st_size
+    length = int.from_bytes(file.read(8), "little")
+    if size <= 8 or not 2 <= length <= min(size - 8, MOST_HEADER):
+        raise InputError(f"{path}: not a safetensors file, or one that ends early")
+    try:
+        table: dict[str, Any] = json.loads(file.read(length))
+        return {name: _entry(file, 8 + length, size, row) for name, row in table.items() if name != "__metadata__"}
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        raise InputError(f"{path}: its table of contents is damaged; get the file again") from None
 
 
-def _entry(mapped: mmap.mmap, base: int, size: int, row: dict[str, Any]) -> _Entry:
+def _entry(file: BinaryIO, base: int, size: int, row: dict[str, Any]) -> _Entry:
     begin, end = row["data_offsets"]
-    entry = _Entry(mapped, base + begin, _DTYPES[row["dtype"]], tuple(row["shape"]))
+    entry = _Entry(file, base + begin, _DTYPES[row["dtype"]], tuple(row["shape"]))
     whole = all(isinstance(number, int) and number >= 0 for number in (begin, end, *entry.shape))
     if not whole or end - begin != entry.bytes or base + end > size:
         raise ValueError("a tensor outside the file")

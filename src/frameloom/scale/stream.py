@@ -40,7 +40,7 @@ from frameloom.errors import InputError
 from frameloom.progress import Progress, silent
 from frameloom.scale.blocks import Block, Parts, show, take_apart
 from frameloom.scale.store import Checkpoint, DiskStore, RamStore, Store
-from frameloom.scale.window import Layout, Window
+from frameloom.scale.window import Layout, Window, placeholder
 
 log = logging.getLogger("frameloom")
 
@@ -86,9 +86,15 @@ def stream(
     parts = take_apart(model, blocks)
     if len(parts.blocks) < 2:
         raise InputError(f"{type(model).__name__}: all its blocks share their weights; there is nothing to stream")
-    rest = _rest(model, parts.blocks)
-    plan = Plan.of(parts, sum(map(_bytes, rest.values())), k, k_prime, pin, strict, budget, device)
-    return Streamed(model, parts, rest, plan, device, _open(store, model, parts.blocks, rest, device, progress))
+    _check_device(device)
+    rest = sum(map(_bytes, _rest(model, parts.blocks).values()))
+    plan = Plan.of(parts, rest, k, k_prime, pin, strict, budget, device)
+    if empty := next((name for name, value in model.named_parameters() if value.is_meta), None):
+        if not isinstance(store, str | Path) or store in ("ram", "disk"):
+            raise InputError(f"store {store}: {empty} has no values yet (it is on the meta device); give the "
+                             "checkpoint that has them as store, or load it first")  # fmt: skip
+        parts = _fill_in(model, parts, Checkpoint(store))
+    return Streamed(model, parts, plan, device, _open(store, parts.blocks, device, progress))
 
 
 class Plan:
@@ -145,16 +151,13 @@ class Streamed:
         device, store: where it computes, and where blocks wait.
     """
 
-    def __init__(self, model: nn.Module, parts: Parts, rest: dict[str, Tensor], plan: Plan, device: torch.device,
-                 store: Store) -> None:  # fmt: skip
+    def __init__(self, model: nn.Module, parts: Parts, plan: Plan, device: torch.device, store: Store) -> None:
         self.model, self.plan, self.device, self.store = model, plan, device, store
         self.names, self.tied = [block.name for block in parts.blocks], parts.tied
-        self._blocks, self._rest = parts.blocks, rest
-        self._was = {name: value.device for name, value in rest.items()}
-        # Where blocks are afterwards; a model that was nowhere is in RAM then.
-        self._from = _real(next(iter(parts.blocks[0].parameters.values())).device)
-        _check_device(parts.blocks, device)
-        for value in rest.values():
+        self._blocks, self._rest = parts.blocks, _rest(model, parts.blocks)
+        self._was = {name: value.device for name, value in self._rest.items()}
+        self._from = next(iter(parts.blocks[0].parameters.values())).device
+        for value in self._rest.values():
             value.data = value.data.to(device)
         self.window = Window(parts.blocks, store, plan.slots, plan.k_prime, plan.kept, device)
         plan.bytes = plan.rest + self.window.bytes
@@ -185,16 +188,23 @@ class Streamed:
         self.window.close()
         for number, block in enumerate(self._blocks):
             if not isinstance(self.store, RamStore) or self._from.type != "cpu":
-                _bring(block, self.store, number, self._from)
+                self._bring(number, block)
             if (before := self._forwards[number]) is None:
                 del block.module.forward
             else:
                 block.module.forward = before
         for name, value in self._rest.items():
-            value.data = value.data.to(_real(self._was[name]))
+            value.data = value.data.to(self._was[name])
             if value.grad is not None:
                 value.grad = value.grad.to(value.device)
         del self.model.__dict__["_streamed"]
+
+    def _bring(self, number: int, block: Block) -> None:
+        own = {}
+        for name, place in self.window.layouts[number].places.items():
+            like = {"dtype": place.parameter.dtype, "device": self._from}
+            own[name] = place.parameter.data = torch.empty_strided(place.shape, place.stride, **like)
+        self.store.fetch(number, own)
 
     def __enter__(self) -> "Streamed":
         return self
@@ -237,16 +247,12 @@ def _rest(model: nn.Module, blocks: Sequence[Block]) -> dict[str, Tensor]:
     return {name: value for name, value in named if id(value) not in inside}
 
 
-def _open(store: str | Path | Store | None, model: nn.Module, blocks: Sequence[Block], rest: dict[str, Tensor],
-          device: torch.device, progress: Progress) -> Store:  # fmt: skip
+def _open(store: str | Path | Store | None, blocks: Sequence[Block], device: torch.device,
+          progress: Progress) -> Store:  # fmt: skip
     tensors = [block.parameters for block in blocks]
-    empty = [name for name, value in model.named_parameters() if value.is_meta]
     if isinstance(store, Store):
         return store
     store = store or ("disk" if device.type == "cpu" else "ram")
-    if store in ("ram", "disk") and empty:
-        raise InputError(f"store {store}: {empty[0]} has no values yet (it is on the meta device); give the checkpoint "
-                         "that has them as store, or load it first")  # fmt: skip
     if store == "ram":
         if device.type == "cpu":
             log.warning("store ram with device cpu: the blocks are copied from RAM to RAM, which saves nothing; "
@@ -254,30 +260,39 @@ def _open(store: str | Path | Store | None, model: nn.Module, blocks: Sequence[B
         return RamStore(tensors, pin=device.type == "cuda")
     if store == "disk":
         return DiskStore.written(tensors, progress=progress)
-    checkpoint = Checkpoint(store)
-    made = DiskStore.of(checkpoint, tensors)
-    for name, entry in checkpoint.entries({name: value for name, value in rest.items() if value.is_meta}).items():
-        rest[name].data = torch.empty_like(rest[name], device="cpu").copy_(entry.tensor())
-    return made
+    return DiskStore.of(Checkpoint(store), tensors)
 
 
-def _bring(block: Block, store: Store, number: int, device: torch.device) -> None:
-    found = store.fetch(number)
-    for name, value in block.parameters.items():
-        own = torch.empty_strided(value.shape, value.stride(), dtype=value.dtype, device=device)
-        value.data = own.copy_(found[name])
-    store.release(number)
+def _fill_in(model: nn.Module, parts: Parts, checkpoint: Checkpoint) -> Parts:
+    """Give a model on the meta device what always stays, and placeholders for its blocks."""
+    rest = _rest(model, parts.blocks)
+    entries = checkpoint.entries({name: value for name, value in rest.items() if value.is_meta})
+    for block in parts.blocks:
+        checkpoint.entries(block.parameters)  # whatever is wrong is found out before anything is changed
+    made = {id(value): placeholder(value) for block in parts.blocks for value in block.parameters.values()}
+    for name, entry in entries.items():
+        made[id(rest[name])] = torch.empty_like(rest[name], device="cpu")
+        entry.read(made[id(rest[name])])
+    # A tensor cannot move from the meta device: the modules get new ones.
+    own: dict[int, Tensor] = {}
+    for module in model.modules():
+        for group in (module._parameters, module._buffers):
+            for name, value in group.items():
+                if value is None or not value.is_meta:
+                    continue
+                if id(value) not in own:
+                    new = made[id(value)]
+                    own[id(value)] = nn.Parameter(new, value.requires_grad) if group is module._parameters else new
+                group[name] = own[id(value)]
+    return Parts([Block(block.name, block.module, {name: own[id(value)] for name, value in block.parameters.items()})
+                  for block in parts.blocks], parts.tied)  # fmt: skip
 
 
-def _check_device(blocks: Sequence[Block], device: torch.device) -> None:
+def _check_device(device: torch.device) -> None:
     if device.type not in ("cpu", "cuda"):
         raise InputError(f"device {device}: blocks are streamed to cpu or cuda")
     if device.type == "cuda" and not torch.cuda.is_available():
         raise InputError(f"device {device}: no GPU here; use cpu, with store disk")
-
-
-def _real(device: torch.device) -> torch.device:
-    return torch.device("cpu") if device.type == "meta" else device
 
 
 def _free(device: torch.device) -> int:

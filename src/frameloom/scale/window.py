@@ -13,7 +13,8 @@ Autograd keeps views of weights for the backward pass. A view of a slot would re
 what is kept instead is an address (block, offset, shape), and the view is made when the backward pass asks for it.
 """
 
-from collections.abc import Callable, Sequence
+import functools
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
@@ -52,7 +53,9 @@ class Layout:
     def of(block: Block) -> "Layout":
         places, end = {}, 0
         for name, value in block.parameters.items():
-            places[name] = Place(value, end, value.shape, value.stride())
+            # A placeholder has no strides of its own; its weights come as a file has them.
+            stride = torch.empty(value.shape, device="meta").stride() if is_placeholder(value) else value.stride()
+            places[name] = Place(value, end, value.shape, stride)
             end += -(-value.numel() * value.element_size() // ALIGNMENT) * ALIGNMENT
         return Layout(places, end)
 
@@ -111,7 +114,10 @@ class Window:
         self.blocks, self.store, self.batch, self.keep, self.device = blocks, store, batch, keep, device
         self.layouts = [Layout.of(block) for block in blocks]
         self.loads = self.misses = 0
-        self._homes = [_homes(store, number, layout) for number, layout in enumerate(self.layouts)]
+        own = [store.homes(number) for number in range(len(blocks))]
+        self._trainable = None not in own
+        self._homes = [home or {name: placeholder(place.parameter) for name, place in layout.places.items()}
+                       for home, layout in zip(own, self.layouts, strict=True)]  # fmt: skip
         self._order = list(range(len(blocks)))
         self._trace: list[int] = []
         self._current: int | None = None
@@ -214,10 +220,9 @@ class Window:
         slot = self._where[i]
         if self._side is not None:
             slot.idle = torch.cuda.current_stream(self.device).record_event()
-        if i in self.keep:
-            return
-        self._done += 1
-        if self._done < self.batch and not (i == self._order[-1] and not _in_backward()):
+        self._done += i not in self.keep
+        at_end = i == self._order[-1] and not _in_backward()
+        if self._done < self.batch and not at_end:
             return
         self._done = 0
         coming = self._coming(i)
@@ -247,7 +252,7 @@ class Window:
     def _send_home(self, i: int) -> None:
         """Take a block's weights out of the window; what an optimiser made of them goes into the store."""
         slot, homes = self._where[i], self._homes[i]
-        if slot.loading is None and self.store.writable and slot.versions != self._versions(i):
+        if slot.loading is None and self._trainable and slot.versions != self._versions(i):
             for name, view in slot.views(self.layouts[i]).items():
                 homes[name].copy_(view)
         _attach(self.layouts[i], homes)
@@ -275,22 +280,15 @@ class Window:
 
     @torch.no_grad()
     def _fill(self, i: int, slot: Slot) -> Any:
-        found = self.store.fetch(i)
+        views = slot.views(self.layouts[i])
         if self._side is None:
-            for name, view in slot.views(self.layouts[i]).items():
-                view.copy_(found[name])
-            self.store.release(i)
+            self.store.fetch(i, views)
             return None
         with torch.cuda.stream(self._side):
             if slot.idle is not None:
                 self._side.wait_event(slot.idle)
-            for name, view in slot.views(self.layouts[i]).items():
-                view.copy_(found[name], non_blocking=True)
-            event = self._side.record_event()
-        if not self.store.writable:
-            event.synchronize()  # what it decoded or mapped must stay until it is copied
-        self.store.release(i)
-        return event
+            self.store.fetch(i, views)
+            return self._side.record_event()
 
     # --- what the backward pass needs ---
 
@@ -316,7 +314,7 @@ class Window:
         return torch.autograd.graph.saved_tensors_hooks(pack, unpack)
 
     def _check_trainable(self, i: int) -> None:
-        if not self.store.writable:
+        if not self._trainable:
             raise InputError(f"{self.blocks[i].name}: its weights stand in a store that cannot be written, so that it "
                              "cannot be trained; use store ram or disk, or run it under torch.no_grad()")  # fmt: skip
         if self._side is not None:
@@ -324,19 +322,22 @@ class Window:
                              "cpu, or run it under torch.no_grad()")  # fmt: skip
 
 
-def _homes(store: Store, block: int, layout: Layout) -> dict[str, Tensor]:
-    """What parameters have as their data while they are out of the window: the store's own tensors if it is writable.
+def placeholder(like: Tensor) -> Tensor:
+    """Of the right shape, without memory, and not-a-number all over, so that whoever computes with it notices."""
+    return _not_a_number(like.dtype).expand(like.shape)
 
-    Else they have the right shape, take no memory, and read as not-a-number, so that whoever uses them notices.
-    """
-    if store.writable:
-        return dict(store.fetch(block))
-    return {name: torch.full((1,), float("nan")).to(place.parameter.dtype).expand(place.shape)
-            for name, place in layout.places.items()}  # fmt: skip
+
+@functools.cache
+def _not_a_number(dtype: torch.dtype) -> Tensor:
+    return torch.full((1,), float("nan") if dtype.is_floating_point else 0, dtype=dtype)
+
+
+def is_placeholder(value: Tensor) -> bool:
+    return value.numel() > 1 and not any(value.stride())
 
 
 @torch.no_grad()
-def _attach(layout: Layout, data: dict[str, Tensor]) -> None:
+def _attach(layout: Layout, data: Mapping[str, Tensor]) -> None:
     for name, place in layout.places.items():
         place.parameter.data = data[name]
 
