@@ -160,7 +160,9 @@ def _check_parameters(block: Block) -> None:
 
 
 def _dense(value: Tensor) -> bool:
-    return value.layout is torch.strided and (value.is_contiguous() or torch.ops.aten.is_non_overlapping_and_dense(value))
+    return value.layout is torch.strided and (
+        value.is_contiguous() or torch.ops.aten.is_non_overlapping_and_dense(value)
+    )
 
 
 def show(count: int) -> str:

@@ -178,10 +178,12 @@ class Checkpoint:
         """Where these tensors are; they must have the shapes of `wanted`, and may have another type of number."""
         for name, value in wanted.items():
             if name not in self._entries:
-                raise InputError(f"{self.path}: holds no {name}, which the model needs; take the model's own checkpoint")
+                raise InputError(
+                    f"{self.path}: holds no {name}, which the model needs; take the model's own checkpoint"
+                )
             if self._entries[name].shape != tuple(value.shape):
-                raise InputError(f"{self.path}: {name} is {list(self._entries[name].shape)}, "
-                                 f"and the model's is {list(value.shape)}; take the model's own checkpoint")  # fmt: skip
+                raise InputError(f"{self.path}: {name} is {list(self._entries[name].shape)}, and the model's is "
+                                 f"{list(value.shape)}; take the model's own checkpoint")  # fmt: skip
         return {name: self._entries[name] for name in wanted}
 
 

@@ -69,8 +69,8 @@ def stream(
         k: blocks on the device at once; None takes as many as fit the budget.
         k_prime: blocks that are swapped together; half of those that come and go when None.
         device: where it computes; everything that is not in a block moves there.
-        store: where blocks wait: `"ram"`, `"disk"` (a scratch file), a safetensors checkpoint (a file, or a folder; read
-            only), or a `Store`. For None it is ram for a GPU, and disk for the CPU, whose device memory is the RAM.
+        store: where blocks wait: `"ram"`, `"disk"` (a scratch file), safetensors that are there (a file or folder, read only),
+            or a `Store`. For None it is ram for a GPU, and disk for the CPU, whose device memory is the RAM.
         pin: how many of the k blocks stay for good.
         strict: never more than k blocks. If not, the next k' are loaded on top of them: k + k' at the most.
         budget: bytes that weights may take on the device; half of what is free for k None.
@@ -115,7 +115,7 @@ class Plan:
             budget = rest + (_free(device) - rest) // 2
         fits = n if budget is None or rest + sum(sizes) <= budget else max(0, (budget - rest) // max(sizes))
         if k is None:
-            k = fits if strict else max(1, 2 * fits // 3)
+            k = max(1, fits if strict else 2 * fits // 3)
         _check(k, k_prime, pin, n)
         grain = k_prime or max(1, (k - pin) // 2)
         room = k if strict or k >= n else min(n, k + grain)
@@ -125,8 +125,8 @@ class Plan:
                              f"stay are {show(rest + room * max(sizes))}; {told}")  # fmt: skip
         if k >= n:
             log.warning("k %d: the model has %d blocks, so that all of them are there and none is streamed", k, n)
-            room, pin, k = n, 0, n
-        return Plan(n, k, min(grain, k - pin), pin, room - pin, rest, rest + sum(sizes))
+            room = pin = k = n
+        return Plan(n, k, grain, pin, room - pin, rest, rest + sum(sizes))
 
     @property
     def kept(self) -> frozenset[int]:
@@ -140,7 +140,9 @@ def _check(k: int, k_prime: int | None, pin: int, n: int) -> None:
     if not 0 <= pin < k:
         raise InputError(f"keep {pin}: of the {k} blocks in the window 0 to {k - 1} can stay; one must come and go")
     if k_prime is not None and not 1 <= k_prime <= k - pin:
-        raise InputError(f"k2 {k_prime}: between 1 and {k - pin} of the {k} blocks in the window can be swapped together")
+        raise InputError(
+            f"k2 {k_prime}: between 1 and {k - pin} of the {k} blocks in the window can be swapped together"
+        )
 
 
 class Streamed:
@@ -182,7 +184,7 @@ class Streamed:
                 f"{show(plan.whole)} of weights")  # fmt: skip
 
     def restore(self) -> None:
-        """Give the model its weights back, as they are now, and its blocks their own calls; a second time does nothing."""
+        """Give the model its weights back, as they are now, and its blocks their own calls; once is enough."""
         if "_streamed" not in self.model.__dict__:
             return
         self.window.close()

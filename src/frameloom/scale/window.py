@@ -200,21 +200,22 @@ class Window:
         """Remember the order in which blocks run, which need not be that of their definition."""
         if _in_backward():
             return
-        if i in self._trace:
-            self._trace = []
+        if i in self._trace:  # a pass that leaves some blocks out, and the next one has begun
+            self._order, self._trace = self._trace, []
         self._trace.append(i)
         if len(self._trace) == len(self.blocks):
-            self._order = list(self._trace)
+            self._order, self._trace = self._trace, []
 
     def _coming(self, i: int) -> list[int]:
-        """The blocks in the order in which they are needed next, after block `i`."""
-        at = self._order.index(i)
-        before, after = self._order[:at], self._order[at + 1 :]
+        """All blocks in the order in which they are needed next, after block `i`; last those that were left out."""
+        at = self._order.index(i) if i in self._order else -1
+        before, after = self._order[: max(at, 0)], self._order[at + 1 :]
+        others = [block for block in range(len(self.blocks)) if block != i and block not in self._order]
         if _in_backward():
-            return [*reversed(before), i, *after]  # and then from the front again: 0 is in `before`
+            return [*reversed(before), i, *after, *others]  # and then from the front again: 0 is in `before`
         if self._addressed:  # its weights will be wanted again by a backward pass
-            return [*after, i, *reversed(before)]
-        return [*after, *before, i]
+            return [*after, i, *reversed(before), *others]
+        return [*after, *before, i, *others]
 
     def _finished(self, i: int) -> None:
         slot = self._where[i]
@@ -333,7 +334,7 @@ def _not_a_number(dtype: torch.dtype) -> Tensor:
 
 
 def is_placeholder(value: Tensor) -> bool:
-    return value.numel() > 1 and not any(value.stride())
+    return value.untyped_storage().nbytes() < value.numel() * value.element_size()
 
 
 @torch.no_grad()
