@@ -129,8 +129,12 @@ class Way:
         code = f"from frameloom.claims.superpipeline import worker; worker(*{given!r})"
         self.process = subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
                                         text=True)  # fmt: skip
-        self.peak = self._answer()["peak"]
+        self.peak = 0
         self.passes: dict[str, list[dict[str, Any]]] = {"cold": [], "warm": []}
+
+    def open(self) -> None:
+        """Wait until the model is there; many may be on their way at once."""
+        self.peak = self._answer()["peak"]
 
     def run(self, cache: str) -> None:
         assert self.process.stdin
@@ -166,6 +170,9 @@ def checkpoint(seed: int) -> Iterator[Path]:
 
 def measured(ways: dict[str, Way], rounds: int, progress: Progress) -> None:
     """One pass of each way in turn, and that `rounds` times: whatever else the machine does hits all of them."""
+    for number, way in enumerate(ways.values()):
+        way.open()
+        progress("opening", number + 1, len(ways))
     for cache in ("cold", "warm"):
         for number in range(rounds):
             for way in ways.values():

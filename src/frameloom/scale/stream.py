@@ -69,8 +69,8 @@ def stream(
         k: blocks on the device at once; None takes as many as fit the budget.
         k_prime: blocks that are swapped together; half of those that come and go when None.
         device: where it computes; everything that is not in a block moves there.
-        store: where blocks wait: `"ram"`, `"disk"` (a scratch file), safetensors that are there (a file or folder, read only),
-            or a `Store`. For None it is ram for a GPU, and disk for the CPU, whose device memory is the RAM.
+        store: where blocks wait: `"ram"`, `"disk"` (a scratch file), safetensors that are there (read only; a file or
+            folder), or a `Store`. For None it is ram for a GPU, and disk for the CPU, whose device memory is the RAM.
         pin: how many of the k blocks stay for good.
         strict: never more than k blocks. If not, the next k' are loaded on top of them: k + k' at the most.
         budget: bytes that weights may take on the device; half of what is free for k None.
