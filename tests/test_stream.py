@@ -217,6 +217,19 @@ def test_gradients_and_trained_weights_are_equal(k, k_prime, disk, again):
     assert all(torch.equal(value, plain.state_dict()[name]) for name, value in model.state_dict().items())
 
 
+def test_two_passes_before_one_backward_and_inference_mode_in_between():
+    model, plain = pair()
+    with stream(model, 2, 1, store="disk"):
+        for one in (model, plain):
+            first, second = one(x()), one(x() + 1)
+            with torch.inference_mode():
+                between = one(x())
+            assert torch.equal(between, first)
+            (first * second).sum().backward()
+    for mine, other in zip(model.parameters(), plain.parameters(), strict=True):
+        assert torch.equal(mine.grad, other.grad)
+
+
 def test_checkpointing_around_a_block_still_drops_its_activations():
     model, kept = Stack(), []
     with stream(model, 2, store="disk"):

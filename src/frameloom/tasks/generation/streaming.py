@@ -26,8 +26,8 @@ def open_streamed(
 ) -> tuple[Generator, list[Streamed]]:
     """A model as `open_generator` gives it, its denoising networks streamed. Text encoders and decoders are whole.
 
-    Of a diffusers pipeline in a folder the networks are read block by block from there, and never are in memory whole;
-    other models are loaded first, and their blocks then go to RAM or to a scratch file.
+    On the CPU the networks of a diffusers pipeline in a folder are read block by block from there, and never are in
+    memory whole; other models are loaded first, and their blocks then go to RAM or to a scratch file.
 
     Args:
         options: `k`, `k2`, `keep`, `budget` (bytes) as in `frameloom.stream`; `store` is ram or disk.
@@ -39,22 +39,22 @@ def open_streamed(
         raise InputError(f"--stream {unknown[0]}: has {', '.join(OPTIONS)}")
     given = {OPTIONS[name]: value for name, value in options.items()}
     given.setdefault("k", None)
-    store = given.pop("store", None) or ("disk" if torch.device(device).type == "cpu" else "ram")
+    on_cpu = torch.device(device).type == "cpu"
+    store = given.pop("store", None) or ("disk" if on_cpu else "ram")
     if store not in ("ram", "disk"):
         raise InputError(f"--stream store={store}: ram or disk")
     given |= {"device": device, "progress": progress}
     folder = Path(weights or "")
-    if store == "disk" and (hosts := _empty_hosts(folder)):
+    # Not for a GPU: a pipeline moves all its networks to one device when it is put together.
+    if store == "disk" and on_cpu and (hosts := _empty_hosts(folder)):
         from frameloom.diffusion.pipeline import load_pipeline
 
         made = [stream(host, store=folder / name, **given) for name, host in hosts.items()]
-        model: Generator = load_pipeline(str(folder), hosts=hosts)
-        _move(model, list(hosts.values()), device)
-        return model, made
+        return load_pipeline(str(folder), hosts=hosts), made
     model = open_generator(weights)
-    hosts = networks(model)
-    made = [stream(host, store=store, **given) for host in hosts]
-    _move(model, hosts, device)
+    own = networks(model)
+    made = [stream(host, store=store, **given) for host in own]
+    _move(model, own, device)
     return model, made
 
 
