@@ -348,7 +348,7 @@ def run(*, seed: int, retrain: bool, progress: Progress) -> Result:
         holds=less >= 0.6 and faster > 1,
         summary=f"{less:.0%} less resident memory (needs >= 60%), {faster:.2f} times as fast as the faster peer "
         "(needs > 1)",
-        notes=["the end of a streamed pass reads the beginning of the next, which here falls between two passes and out "
+        notes=["the end of a streamed pass reads the beginning of the next, which here falls between passes and out "
                f"of the time: {(weights - ways['stream'].read) / 1e6:.0f} MB, what always stays among them",
                f"the whole model takes {cold['whole'] / cold['stream']:.2f} of the streamed one's time",
                "the peers load the whole model before they offload it; their resident memory is the peak of that",
