@@ -33,6 +33,7 @@ _HOMES = {
     "read": "frameloom.video.reader",
     "serve": "frameloom.scale.serve",
     "stabilize": "frameloom.tasks.stabilization",
+    "stream": "frameloom.scale.stream",
     "train": "frameloom.training.loop",
     "write": "frameloom.video.writer",
 }

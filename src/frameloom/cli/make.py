@@ -23,6 +23,11 @@ Set = Annotated[
 ]
 Strict = Annotated[bool, typer.Option("--strict", help="stop at words that the model does not know")]
 
+Stream = Annotated[
+    str | None,
+    typer.Option(help="keep k blocks of the network in memory: k=4[,k2=2][,keep=1][,store=ram|disk], or budget=2GB"),
+]
+
 VISIBLE = 256
 
 
@@ -45,6 +50,7 @@ def generate(
     guidance: Guidance = None,
     solver: Solver = None,
     memory_budget: Annotated[str | None, typer.Option(help="most memory to use, such as 2GB; slices to fit")] = None,
+    stream: Stream = None,
     set: Set = None,
     strict: Strict = False,
     zoom: Zoom = None,
@@ -77,7 +83,7 @@ def generate(
         clip = verb(
             parse_scenes(prompts) if prompts else prompt, frames=frames, method=method, weights=weights,
             image=None if image is None else picture(image), steps=steps, guidance=guidance, solver=solver, seed=seed,
-            device=device, strict=strict, progress=progress, **settings,
+            device=device, strict=strict, stream=parse_stream(stream), progress=progress, **settings,
         )  # fmt: skip
         _told(clip, chosen(method, "generate"), device)
         _finish(clip, output, zoom, codec, crf, preset, resume, json)
@@ -175,6 +181,8 @@ def _told(clip: "Clip", method: str, device: str) -> None:
     by = method if model.name == method else f"{method} with {model.name}"
     terminal.say(f"{by} on {device}, {request.frames:,} frames of {model.width}x{model.height}, "
                  f"{request.steps} steps, guidance {request.guidance:g}, seed {request.seed}")  # fmt: skip
+    for streamed in clip.source.streams:
+        terminal.say(f"streamed: {streamed}")
 
 
 def _finish(clip: "Clip", output: Path, zoom: int | None, codec: str, crf, preset, resume: bool, json: bool) -> None:
@@ -260,7 +268,28 @@ def parse_scenes(text: str) -> list[tuple[str, int]]:
     return scenes
 
 
-def parse_bytes(text: str, flag: str = "--memory-budget") -> int:
+def parse_stream(text: str | None) -> dict[str, Any] | None:
+    """`k=4,k2=2,keep=1,store=disk`, `budget=2GB` or `auto` as the options of streaming."""
+    from frameloom.errors import InputError
+
+    if text is None:
+        return None
+    found: dict[str, Any] = {}
+    for part in text.split(","):
+        name, _, value = part.strip().partition("=")
+        if name in ("k", "k2", "keep") and value.isdigit():
+            found[name] = int(value)
+        elif name == "store" and value in ("ram", "disk"):
+            found[name] = value
+        elif name == "budget":
+            found[name] = parse_bytes(value, "--stream budget=")
+        elif part.strip() != "auto":
+            raise InputError(f"--stream {part.strip()}: is none of k=4, k2=2, keep=1, store=ram, store=disk, "
+                             "budget=2GB and auto")  # fmt: skip
+    return found
+
+
+def parse_bytes(text: str, flag: str = "--memory-budget ") -> int:
     """`2GB`, `500MB`, `1.5g` as bytes."""
     from frameloom.errors import InputError
 
@@ -271,5 +300,5 @@ def parse_bytes(text: str, flag: str = "--memory-budget") -> int:
     except ValueError:
         value = 0
     if value <= 0:
-        raise InputError(f"{flag} {text}: an amount of memory is such as 2GB or 500MB")
+        raise InputError(f"{flag}{text}: an amount of memory is such as 2GB or 500MB")
     return value

@@ -45,7 +45,7 @@ def plan(
     if not 0 < efficiency <= 1:
         raise InputError(f"--efficiency {efficiency:g}: a share between 0 and 1")
     changes = {"memory": memory, "link": link, "net": net}
-    kind = replace(DEVICES[device], **{name: float(parse_bytes(text, f"--{name}")) for name, text in changes.items()
+    kind = replace(DEVICES[device], **{name: float(parse_bytes(text, f"--{name} ")) for name, text in changes.items()
                                        if text is not None})  # fmt: skip
     if per_node is not None:
         kind = replace(kind, per_node=per_node)

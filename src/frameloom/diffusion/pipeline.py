@@ -4,6 +4,7 @@ and latents into video. diffusers reads the parts; the sampling is ours.
 
 import inspect
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from importlib import import_module
 from pathlib import Path as File
@@ -61,12 +62,14 @@ def load_pipeline(
     frames: int | None = None,
     height: int | None = None,
     width: int | None = None,
+    hosts: Mapping[str, torch.nn.Module] | None = None,
 ) -> "Pipeline":
     """Published weights, ready to sample.
 
     Args:
         where: a folder that diffusers' `save_pretrained` made, or a hub id; safetensors only.
         frames, height, width: of the videos to make; what the model was trained on when not said.
+        hosts: networks to take instead of loading them, by their names in the pipeline.
 
     Raises:
         InputError: no pipeline, one of a class that has no adapter, or one that lacks a part.
@@ -80,6 +83,7 @@ def load_pipeline(
     given: dict[str, Any] = {"dtype": dtype, "use_safetensors": True}
     if "safety_checker" in index:
         given |= {"safety_checker": None, "requires_safety_checker": False}
+    given |= hosts or {}
     try:
         pipe = getattr(diffusers, name).from_pretrained(where, local_files_only=File(where).is_dir(), **given)
     except (OSError, ValueError, KeyError, TypeError) as error:

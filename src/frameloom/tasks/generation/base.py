@@ -89,6 +89,7 @@ def generate(
     seed: int = 0,
     device: str = "cpu",
     strict: bool = False,
+    stream: Mapping[str, Any] | None = None,
     progress: Progress = silent,
     **options: Any,
 ) -> Clip:
@@ -102,21 +103,27 @@ def generate(
         image: the first frame. given: pictures at any frames.
         steps, guidance, solver: the model's own when None.
         strict: stop at words that the model does not know, rather than leave them out with a note.
+        stream: keep only some blocks of the network in memory, such as `{"k": 4}` (see `open_streamed`).
         options: settings of the strategy.
 
     Raises:
         InputError: whatever in this cannot be done, before anything is computed.
     """
     made = card(chosen(method, "generate"), "generate")
-    if made.makes_video:
-        model = open_generator(weights or made.base or made.id, device)
-        strategy = _strategy("direct", options)
+    strategy = _strategy("direct" if made.makes_video else made.id, options)
+    wanted = weights or made.base or (made.id if made.makes_video else None)
+    streams: list[Any] = []
+    if stream is None:
+        model = open_generator(wanted, device)
     else:
-        model = open_generator(weights or made.base or None, device)
-        strategy = _strategy(made.id, options)
+        from frameloom.tasks.generation.streaming import open_streamed
+
+        model, streams = open_streamed(wanted, device, stream, progress)
     request = settle(model, prompt, frames, image, given, steps, guidance, solver, seed, strict)
     strategy.check(model, request)
-    return Clip(GeneratedSource(model, strategy, request, f"{made.id} {model.name} {options}", progress))
+    source = GeneratedSource(model, strategy, request, f"{made.id} {model.name} {options}", progress)
+    source.streams = streams
+    return Clip(source)
 
 
 def _strategy(name: str, options: dict[str, Any]) -> Strategy:
@@ -237,6 +244,7 @@ class GeneratedSource(Source):
         rate = Fraction(model.fps).limit_denominator(1001)
         name = request.prompt or "generated"
         self.info = Info(model.width, model.height, rate, Colour(BT709, False), name=name)
+        self.streams: list[Any] = []  # what streams the model's networks, if anything does
         self._kept: list[Picture] | None = None
 
     def times(self) -> Sequence[Fraction]:
