@@ -25,7 +25,10 @@ Strict = Annotated[bool, typer.Option("--strict", help="stop at words that the m
 
 Stream = Annotated[
     str | None,
-    typer.Option(help="keep k blocks of the network in memory: k=4[,k2=2][,keep=1][,store=ram|disk], or budget=2GB"),
+    typer.Option(
+        help="hold k blocks of the network in turn, beside others that stay: k=2[,keep=4][,k2=1]"
+        "[,store=ram|disk], or budget=2GB"
+    ),  # fmt: skip
 ]
 
 VISIBLE = 256
@@ -269,7 +272,7 @@ def parse_scenes(text: str) -> list[tuple[str, int]]:
 
 
 def parse_stream(text: str | None) -> dict[str, Any] | None:
-    """`k=4,k2=2,keep=1,store=disk`, `budget=2GB` or `auto` as the options of streaming."""
+    """`k=2,keep=4,k2=1,store=disk`, `budget=2GB` or `auto` as the options of streaming."""
     from frameloom.errors import InputError
 
     if text is None:

@@ -138,7 +138,7 @@ def _check(k: int, k_prime: int | None, pin: int, n: int) -> None:
     if k < 1:
         raise InputError(f"k {k}: the window holds 1 block or more; this model has {n}")
     if not 0 <= pin < k:
-        raise InputError(f"keep {pin}: of the {k} blocks in the window 0 to {k - 1} can stay; one must come and go")
+        raise InputError(f"pin {pin}: of the {k} blocks in the window 0 to {k - 1} can stay; one must come and go")
     if k_prime is not None and not 1 <= k_prime <= k - pin:
         raise InputError(
             f"k2 {k_prime}: between 1 and {k - pin} of the {k} blocks in the window can be swapped together"

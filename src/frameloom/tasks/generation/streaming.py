@@ -30,7 +30,8 @@ def open_streamed(
     memory whole; other models are loaded first, and their blocks then go to RAM or to a scratch file.
 
     Args:
-        options: `k`, `k2`, `keep`, `budget` (bytes) as in `frameloom.stream`; `store` is ram or disk.
+        options: `k` blocks that take turns, `keep` that stay beside them (`frameloom.stream` counts both as its k), `k2`
+            swapped together, `budget` (bytes); `store` is ram or disk.
 
     Raises:
         InputError: other options, or numbers that do not go together.
@@ -38,7 +39,7 @@ def open_streamed(
     if unknown := [name for name in options if name not in OPTIONS]:
         raise InputError(f"--stream {unknown[0]}: has {', '.join(OPTIONS)}")
     given = {OPTIONS[name]: value for name, value in options.items()}
-    given.setdefault("k", None)
+    given["k"] = given["k"] + given.get("pin", 0) if "k" in given else None
     on_cpu = torch.device(device).type == "cpu"
     store = given.pop("store", None) or ("disk" if on_cpu else "ram")
     if store not in ("ram", "disk"):
