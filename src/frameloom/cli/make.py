@@ -25,10 +25,7 @@ Strict = Annotated[bool, typer.Option("--strict", help="stop at words that the m
 
 Stream = Annotated[
     str | None,
-    typer.Option(
-        help="hold k blocks of the network in turn, beside others that stay: k=2[,keep=4][,k2=1]"
-        "[,store=ram|disk], or budget=2GB"
-    ),  # fmt: skip
+    typer.Option(help="k blocks of the network take turns in memory: k=2[,keep=4][,store=ram|disk], or budget=2GB"),
 ]
 
 VISIBLE = 256

@@ -30,8 +30,8 @@ def open_streamed(
     memory whole; other models are loaded first, and their blocks then go to RAM or to a scratch file.
 
     Args:
-        options: `k` blocks that take turns, `keep` that stay beside them (`frameloom.stream` counts both as its k), `k2`
-            swapped together, `budget` (bytes); `store` is ram or disk.
+        options: `k` blocks that take turns, `keep` that stay beside them (`frameloom.stream` counts both as its k),
+            `k2` swapped together, `budget` (bytes); `store` is ram or disk.
 
     Raises:
         InputError: other options, or numbers that do not go together.
