@@ -14,11 +14,12 @@ from torch.distributed.tensor import DTensor
 from frameloom.errors import InputError, Interrupted
 from frameloom.scale import megatron, ranks
 from frameloom.scale.gpipe import Pipeline
+from frameloom.scale.job import Run
 from frameloom.scale.mesh import join, parse
 from frameloom.scale.partition import cuts
 from frameloom.scale.probe import CommCounter
 from frameloom.scale.ranks import RankFailed, local
-from frameloom.scale.train import Run, train
+from frameloom.scale.train import train
 from frameloom.tasks.generation.models.stiv import STIV, TINY, WORDS
 from frameloom.training.recipe import Recipe
 

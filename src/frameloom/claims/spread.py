@@ -13,10 +13,10 @@ from torch.distributed.tensor import DTensor
 
 from frameloom.memory import PeakMemory
 from frameloom.scale.gpipe import Pipeline
+from frameloom.scale.job import Run
 from frameloom.scale.mesh import join, parse
 from frameloom.scale.partition import Part, cuts
 from frameloom.scale.probe import CommCounter
-from frameloom.scale.train import Run
 from frameloom.tasks.generation.models.stiv import STIV, TINY, WORDS
 from frameloom.training.recipe import Recipe
 

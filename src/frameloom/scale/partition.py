@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
+from frameloom.cards import card
 from frameloom.errors import InputError
 
 
@@ -81,6 +82,20 @@ def profile(blocks: Sequence[nn.Module], carry: tuple[Tensor, ...], given: dict[
         found.append(Block(float(counter.get_total_flops()), sum(value.numel() for value in block.parameters()),
                            sum(kept.values()), sum(t.numel() * t.element_size() for t in carry)))  # fmt: skip
     return found
+
+
+def costs(method: str, size: str, examples: int) -> list[Block]:
+    """What every pipeline block of a method costs on `examples` examples; counted on the meta device.
+
+    Raises InputError for a method whose training step is no row of blocks.
+    """
+    kind = card(method).load_class()
+    if not issubclass(kind, Pipelined):
+        raise InputError(f"{method}: its training step is not a row of blocks; stiv's is")
+    with torch.device("meta"):
+        model = kind(kind.preset(size)).train()
+        carry, given = model.pipeline_batch(model.pipeline_example(examples))
+        return profile(model.pipeline_blocks(), carry, given)
 
 
 def as_tuple(made: Any, number: int) -> tuple[Tensor, ...]:

@@ -20,8 +20,9 @@ from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
+from frameloom.cards import card
 from frameloom.errors import InputError
-from frameloom.scale.partition import Block, cuts
+from frameloom.scale.partition import Block, costs, cuts
 from frameloom.scale.probe import Timeline
 from frameloom.scale.schedule import schedule
 from frameloom.scale.simulate import Costs, live, simulate
@@ -217,9 +218,6 @@ def blocks_of(model: str, size: str) -> tuple[list[Block], int, int, float, GPT 
     if model.startswith("gpt:"):
         shape = parse_gpt(model)
         return shape.blocks(), shape.heads, 1536, 0.0, shape
-    from frameloom.cards import card
-    from frameloom.scale.train import costs
-
     kind = card(model).load_class()
     recipe = kind.recipe(size)
     # Counted in float32; training keeps activations in 16 bits.
