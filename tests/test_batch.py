@@ -91,10 +91,12 @@ def test_a_glob_repeats_its_folders_below_the_output_folder(tmp_path, monkeypatc
     for name in ("in/a.mp4", "in/deep/b.mp4", "in/deep/b.mov"):
         Path(name).parent.mkdir(parents=True, exist_ok=True)
         Path(name).touch()
-    rows = gather("in/**/*.mp4", Path("out"), echo)
+    rows = gather(["in/**/*.mp4"], Path("out"), echo)
     assert [(row.input, str(row.output)) for row in rows] == [
         ("in/a.mp4", "out/a.mp4"), ("in/deep/b.mp4", "out/deep/b.mp4")]  # fmt: skip
-    assert [str(row.output) for row in gather("in/deep/b.mov", Path("out"), echo)] == ["out/b.mov"]
+    assert [str(row.output) for row in gather(["in/deep/b.mov"], Path("out"), echo)] == ["out/b.mov"]
+    both = gather(["in/a.mp4", "in/deep/*.mov"], Path("out"), echo)  # as a shell leaves them
+    assert [str(row.output) for row in both] == ["out/a.mp4", "out/b.mov"]
 
 
 @pytest.mark.parametrize(
@@ -118,7 +120,7 @@ def test_what_cannot_be_a_batch_is_named(tmp_path, monkeypatch, inputs, out, mes
     Path("list.csv").write_text("input,output\n,a.mp4\n")
     Path("up.jsonl").write_text('{"input": "in/a.mp4", "output": "../a.mp4"}\n')
     with pytest.raises(InputError, match=message):
-        gather(inputs, Path(out), lambda path: "x.txt" if path.stem == "x" else path.name)
+        gather([inputs], Path(out), lambda path: "x.txt" if path.stem == "x" else path.name)
 
 
 NAMES = st.sampled_from(["a", "b", "ab", "c.mp4", "d.mp4"])
@@ -308,7 +310,7 @@ def test_each_failure_takes_its_own_attempt_and_no_more(tmp_path):
     assert hidden(out) == []
     rows = [json.loads(line) for line in (out / "quarantine.jsonl").read_text().splitlines()]
     assert {row["input"] for row in rows} == {outcome.input for outcome in report.failures}
-    assert len(gather(str(out / "quarantine.jsonl"), out, echo)) == 4  # and it is a list again
+    assert len(gather([str(out / "quarantine.jsonl")], out, echo)) == 4  # and it is a list again
 
 
 def test_fail_fast_stops_what_is_running_and_a_second_batch_waits_its_turn(tmp_path):
@@ -496,7 +498,8 @@ def test_two_workers_make_the_bytes_of_one_and_a_resume_makes_nothing(videos, se
     assert facts["recipe"]["options"]["fps"] == "36"
     assert facts["input"]["sha256"] == tree(videos)["1.mp4"]
     before = {path: path.stat().st_mtime_ns for path in tmp_path.glob("*.mp4*")}
-    done = CliRunner().invoke(app, command("local", videos, tmp_path, "--resume", "--json")[2:])
+    words = command("local", videos, tmp_path, "--resume", "--json")[2:]
+    done = CliRunner().invoke(app, [*words[:2], *sorted(map(str, videos.glob("*.mp4"))), *words[3:]])  # by a shell
     assert done.exit_code == 3, done.stderr
     facts = json.loads(done.stdout)
     assert (facts["made"], facts["kept"], facts["failed"]) == (0, 4, 2)

@@ -9,7 +9,7 @@ import difflib
 import hashlib
 import importlib.resources
 import io
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import redirect_stderr, redirect_stdout
 from functools import cache
 from json import dumps, loads
@@ -36,9 +36,13 @@ def register(app: typer.Typer) -> None:
 
 def command(
     verb: Annotated[str, typer.Argument(help='such as interpolate, compress, run, or "edit inpaint"')],
-    inputs: Annotated[str, typer.Argument(help="a glob in quotes, 'in/**/*.mp4', or a list: .csv or .jsonl")],
-    out: Annotated[Path, typer.Option("--out", "-o", help="the folder of the results")],
-    flags: Annotated[list[str] | None, typer.Argument(help="after --: the verb's own, such as -- --fps 60")] = None,
+    inputs: Annotated[
+        list[str],
+        typer.Argument(help="files, globs such as 'in/**/*.mp4', lists (.csv, .jsonl); after -- flags of the verb"),
+    ],
+    out: Annotated[
+        Path | None, typer.Option("--out", "-o", help="the folder of the results; named by the verb if absent")
+    ] = None,
     engine: Annotated[str, typer.Option(help="local processes, torchrun's ranks, or a ray cluster")] = "local",
     workers: Annotated[int | None, typer.Option(help="files at once; 2 if absent")] = None,
     threads: Annotated[int, typer.Option(help="threads of PyTorch for each file")] = 1,
@@ -58,12 +62,13 @@ def command(
     from frameloom.cli import terminal
 
     terminal.listen()
-    if flags and not flags[0].startswith("-"):
-        raise InputError(f"{flags[0]}: one glob or list is wanted: quote the glob, such as 'in/*.mp4', and "
-                         "write -- before the verb's flags")  # fmt: skip
+    end = next((k for k, word in enumerate(inputs) if word.startswith("-")), len(inputs))
+    if not end:
+        raise InputError(f"{inputs[0]}: an input is wanted before the verb's flags, such as 'in/*.mp4'")
+    out = out or Path(verb.replace(" ", "-"))
     with terminal.bar("files") as progress:
-        report = batch(verb, inputs, out, flags or (), engine=engine, workers=workers, threads=threads, suffix=suffix,
-                       resume=resume, overwrite=overwrite, fail_fast=fail_fast, limit=limit, lease=lease,
+        report = batch(verb, inputs[:end], out, inputs[end:], engine=engine, workers=workers, threads=threads,
+                       suffix=suffix, resume=resume, overwrite=overwrite, fail_fast=fail_fast, limit=limit, lease=lease,
                        progress=progress)  # fmt: skip
     if report is None:  # another rank than the one that reports
         return
@@ -83,7 +88,7 @@ def command(
 
 def batch(
     verb: str,
-    inputs: str | Path,
+    inputs: str | Path | Sequence[str | Path],
     out: str | Path,
     arguments: list[str] | tuple[str, ...] = (),
     *,
@@ -105,7 +110,8 @@ def batch(
 
     Args:
         verb: a command of the shape VERB INPUT OUTPUT: `"interpolate"`, `"compress"`, `"run"`, `"edit inpaint"`.
-        inputs: a glob, or a list (.csv with a header, .jsonl) of `input`, and if wanted `output` and `options`.
+        inputs: a file, a glob, or a list (.csv with a header, .jsonl) of `input`, and if wanted `output` and
+            `options`; or several of them.
         out: the folder of the results; folders below the glob's fixed part are repeated in it.
         arguments: flags of the verb as one types them; `settings` are the same as keywords.
         suffix: of the results; the input's if absent, where it is one of a video.
@@ -130,7 +136,8 @@ def batch(
         raise InputError(f"--threads {threads}, --limit {limit}: both are above 0")
 
     def plan() -> list[Unit]:
-        rows = gather(str(inputs), out, naming(verb, suffix))
+        several = [inputs] if isinstance(inputs, str | Path) else inputs
+        rows = gather([str(one) for one in several], out, naming(verb, suffix))
         return [Unit(row.input, str(row.output), (*common, *row.arguments), recipe(verb, (*common, *row.arguments)))
                 for row in rows]  # fmt: skip
 

@@ -15,7 +15,9 @@ def register(app: typer.Typer) -> None:
 
 def train(
     method: Annotated[str, typer.Argument(help="a method that learns; see frameloom methods")],
-    out: Annotated[Path, typer.Option("--out", "-o", help="the folder of the run")],
+    out: Annotated[
+        Path | None, typer.Option("--out", "-o", help="the folder of the run; runs/METHOD if absent")
+    ] = None,
     size: Annotated[str, typer.Option(help="tiny or paper")] = "tiny",
     data: Annotated[str, typer.Option(help="world, or KIND:DIR for data that the method knows")] = "world",
     steps: Annotated[int | None, typer.Option(help="another length than the recipe's")] = None,
@@ -37,6 +39,7 @@ def train(
     from frameloom.errors import InputError
 
     terminal.listen()
+    out = out or Path("runs") / method
     settings = {"size": size, "data": data, "seed": seed, "device": device, "steps": steps}
     with terminal.bar("steps") as progress:
         if parallel is not None:

@@ -11,7 +11,7 @@ import io
 import json
 import os
 import shlex
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -54,22 +54,27 @@ def sidecar(output: str | Path) -> Path:
     return Path(f"{output}.batch.json")
 
 
-def gather(inputs: str, out: Path, name: Naming) -> list[Row]:
-    """The rows of a list (.csv, .jsonl), or one for every file that a glob finds, its folders repeated under `out`.
+def gather(inputs: Sequence[str], out: Path, name: Naming) -> list[Row]:
+    """The rows of lists (.csv, .jsonl), and one for every file that globs find, its folders repeated under `out`.
 
     Args:
+        inputs: lists, globs, and files by name.
         name: what the output of an input is called, where no list says.
 
     Raises:
         InputError: nothing matches; a list that cannot be read; an output outside of `out`, given twice, or one that
             the same glob would take for an input.
     """
-    if Path(inputs).suffix.lower() in LISTS:
-        rows = [Row(row.input, out / row.output, row.arguments) for row in read_list(Path(inputs), name)]
-        matches = None
-    else:
-        rows, matches = _found(inputs, out, name)
-    _check(rows, out, matches)
+    rows: list[Row] = []
+    matches = []
+    for one in inputs:
+        if Path(one).suffix.lower() in LISTS:
+            rows += [Row(row.input, out / row.output, row.arguments) for row in read_list(Path(one), name)]
+        else:
+            found, match = _found(one, out, name)
+            rows += found
+            matches.append(match)
+    _check(rows, out, lambda path: any(match(path) for match in matches))
     return rows
 
 
@@ -101,7 +106,7 @@ def matched(parts: tuple[str, ...], pattern: tuple[str, ...]) -> bool:
     return bool(parts) and fnmatchcase(parts[0], pattern[0]) and matched(parts[1:], pattern[1:])
 
 
-def _check(rows: list[Row], out: Path, matches: Callable[[Path], bool] | None) -> None:
+def _check(rows: list[Row], out: Path, matches: Callable[[Path], bool]) -> None:
     root = Path(os.path.abspath(out))
     inputs = {os.path.realpath(row.input) for row in rows}
     taken: dict[Path, str] = {}
@@ -114,7 +119,7 @@ def _check(rows: list[Row], out: Path, matches: Callable[[Path], bool] | None) -
                              "a list with an output column can name them apart")  # fmt: skip
         if os.path.realpath(target) in inputs:
             raise InputError(f"{row.output}: the output is an input; give another --out")
-        if matches is not None and matches(target):
+        if matches(target):
             raise InputError(f"--out {out}: the glob of the inputs would find {row.output} in the next run; "
                              "give a folder that it does not reach")  # fmt: skip
         taken[target] = row.input
