@@ -2,6 +2,7 @@
 
 import itertools
 import json
+from dataclasses import dataclass, replace
 
 import pytest
 import torch
@@ -37,9 +38,6 @@ class Line(nn.Module):
     def loss(self, batch):
         noise = 0.01 * torch.randn_like(batch["y"])
         return (self.layer(batch["x"]) - batch["y"] - noise).square().mean()
-
-
-from dataclasses import dataclass  # noqa: E402
 
 
 @dataclass(frozen=True)
@@ -120,3 +118,11 @@ def test_the_learning_rate_warms_up_and_falls_to_its_end():
     assert max(rates) == pytest.approx(1.0)
     assert rates[-1] == pytest.approx(0.1, abs=1e-3)
     assert all(a >= b for a, b in itertools.pairwise(rates[10:]))
+
+
+def test_runs_of_different_precision_follow_one_another_in_one_process(tmp_path, monkeypatch):
+    loop.train("line", tmp_path / "whole", workers=0)
+    recipe = Line.recipe("tiny")
+    monkeypatch.setattr(Line, "recipe", classmethod(lambda cls, size: replace(recipe, bf16=True)))
+    loop.train("line", tmp_path / "half", workers=0)
+    assert (tmp_path / "half" / "model.safetensors").is_file()

@@ -182,10 +182,12 @@ def fit(
         The model to keep (the averaged one, if the recipe averages) and the number of steps that this call made.
     """
     from accelerate import Accelerator
+    from accelerate.state import AcceleratorState
     from torch.utils.tensorboard import SummaryWriter
 
     loss = loss or (lambda model, batch: model.loss(batch))
     half = "bf16" if recipe.bf16 else "no"
+    AcceleratorState._reset_state()  # it is one for the process, and would insist on the precision of an earlier run
     accelerator = Accelerator(mixed_precision=half, cpu=device == "cpu")
     model.train()
     if recipe.channels_last:
