@@ -6,8 +6,8 @@
     halo             every rank holds a band                    ->  the band and the borders of its two neighbours
 
 All but the halo have gradients: the gradient of an all-to-all is an all-to-all, that of a gather a reduce-scatter. They
-are asynchronous: what they return waits when it is first used, so that work begun in between overlaps with them.
-A group of None is one device alone, on which every move is the identity.
+are asynchronous: what they return waits when it is first used, so that work begun in between overlaps with them; not
+so with gloo (see `_moved`). A group of None is one device alone, on which every move is the identity.
 
 The flexible all-to-all (pieces of all senders side by side on the axis of rows, so that an expert multiplies one large
 matrix and not a small one per sender) and the two-dimensional hierarchical all-to-all are of
@@ -16,6 +16,7 @@ M. Yang, Y. Xiong, "Tutel: Adaptive Mixture-of-Experts at Scale", MLSys 2023, ar
 the step before is that of M. Li et al., "DistriFusion", CVPR 2024, arXiv 2402.19481.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import torch
@@ -75,7 +76,7 @@ class Ranks:
 
 def all_to_all(x: Tensor, group: Group) -> Tensor:
     """Piece i of the first dimension to rank i; what the ranks sent here, in their order, in its place."""
-    return x if group is None else functional.all_to_all_single(x.contiguous(), None, None, group)
+    return _moved(x, group, lambda x: functional.all_to_all_single(x, None, None, group))
 
 
 def all_to_all_2dh(x: Tensor, ranks: Ranks, node: int) -> Tensor:
@@ -112,7 +113,32 @@ def apart(x: Tensor, size: int) -> Tensor:
 
 def gather(x: Tensor, group: Group) -> Tensor:
     """The slices of all ranks of the group one after another on the first dimension; the gradient is scattered back."""
-    return x if group is None else functional.all_gather_single(x.contiguous(), 0, group)
+    return _moved(x, group, lambda x: functional.all_gather_single(x, 0, group))
+
+
+def _moved(x: Tensor, group: Group, move: Callable[[Tensor], Tensor]) -> Tensor:
+    """`move(x)`, on its way; with gloo it has arrived.
+
+    With several collectives of one group under way, threads of gloo have been seen to spin for ever on a loaded machine
+    (PyTorch 2.13). There each is waited for, in the backward pass too.
+    """
+    if group is None:
+        return x
+    if dist.get_backend(group) != "gloo":
+        return move(x.contiguous())
+    return functional.wait_tensor(move(_Settled.apply(x.contiguous())))
+
+
+class _Settled(torch.autograd.Function):
+    """The same tensor; its gradient has arrived before anything else sets off."""
+
+    @staticmethod
+    def forward(context, x):
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(context, gradient):
+        return functional.wait_tensor(gradient)
 
 
 @dataclass
