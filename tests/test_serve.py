@@ -122,6 +122,7 @@ def test_a_stop_ends_the_text_before_it(words):
 
 def test_models_health_and_metrics(words):
     url, _ = words
+    assert httpx.post(f"{url}/v1/completions", json={"prompt": "a small", "max_tokens": 2}).status_code == 200
     assert httpx.get(f"{url}/v1/models").json()["data"][0]["id"] == "world-words"
     assert httpx.get(f"{url}/health").json() == {"status": "ok"}
     text = httpx.get(f"{url}/metrics").text

@@ -59,10 +59,13 @@ def local(function: Callable[..., Any], world: int, *args: Any, timeout: float =
 
 def _collect(ends: list[Any], timeout: float) -> list[Any]:
     found: dict[int, Any] = {}
+    failures: dict[int, str] = {}
     deadline = time.monotonic() + timeout
-    while len(found) < len(ends):
-        waiting = [end for rank, end in enumerate(ends) if rank not in found]
+    while len(found) + len(failures) < len(ends):
+        waiting = [end for rank, end in enumerate(ends) if rank not in found and rank not in failures]
         ready = wait(waiting, max(0.0, deadline - time.monotonic()))
+        if not ready and failures:
+            break
         if not ready:
             late = [rank for rank in range(len(ends)) if rank not in found]
             raise RankFailed(f"rank {', '.join(map(str, late))} of {len(ends)} did not answer within {timeout:g} s")
@@ -71,10 +74,16 @@ def _collect(ends: list[Any], timeout: float) -> list[Any]:
             try:
                 good, value = pickle.loads(end.recv_bytes())
             except EOFError:
-                raise RankFailed(f"rank {rank} of {len(ends)} died") from None
-            if not good:
-                raise RankFailed(f"rank {rank} of {len(ends)} failed:\n{value}")
-            found[rank] = value
+                good, value = False, ""
+            if good:
+                found[rank] = value
+                continue
+            if not failures:  # the others may only have lost it, and what they say may come first: hear them too
+                deadline = min(deadline, time.monotonic() + 1.0)
+            failures[rank] = f"failed:\n{value}" if value else "died"
+    if failures:
+        rank = min(failures, key=lambda rank: "peer" in failures[rank])
+        raise RankFailed(f"rank {rank} of {len(ends)} {failures[rank]}")
     return [found[rank] for rank in range(len(ends))]
 
 
