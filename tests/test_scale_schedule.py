@@ -11,7 +11,7 @@ from torch import nn
 from frameloom.errors import InputError
 from frameloom.memory import peak
 from frameloom.scale.gpipe import Stage, commit, defer
-from frameloom.scale.partition import Part, cuts, profile, stage_costs
+from frameloom.scale.partition import Part, cuts, profile
 from frameloom.scale.schedule import Action, Schedule, schedule
 from frameloom.scale.simulate import Costs, bubble, idle_share, live, simulate
 
@@ -78,7 +78,8 @@ def test_cuts_are_the_best_there_are(costs, stages):
         return
 
     def rank(begins: tuple[int, ...]) -> tuple[float, float]:
-        parts = stage_costs(costs, begins)
+        ends = [*begins[1:], len(costs)]
+        parts = [sum(costs[begin:end]) for begin, end in zip(begins, ends, strict=True)]
         return max(parts), sum(part**2 for part in parts)
 
     every = [(0, *inner) for inner in combinations(range(1, len(costs)), stages - 1)]

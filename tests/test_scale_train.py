@@ -175,6 +175,12 @@ def _train(rank: int, jobs: dict[str, str], stop: int = 0) -> str:
 TINY_RUN = Recipe(steps=3, batch_size=4, lr=1e-3, warmup=1, ema=0.9, clip_norm=0.1)
 
 
+def _curve(folder: str) -> list[float]:
+    """Loss and gradient norm of the logged steps."""
+    rows = [json.loads(row) for row in Path(folder, "metrics.jsonl").read_text().splitlines()]
+    return [row[name] for row in rows for name in ("loss", "norm")]
+
+
 def _weights(folder: str) -> dict[str, Tensor]:
     return load_file(Path(folder, "model.safetensors"))
 
@@ -184,6 +190,9 @@ def test_training_ends_in_the_same_weights_however_it_is_spread(tmp_path):
     local(_train, 1, {one: "pp=1,microbatches=4"})
     local(_train, 2, {two: "pp=2,microbatches=4", halves: "tp=2,microbatches=4",
                       shards: "dp=2,microbatches=2,shard=on"})  # fmt: skip
+    assert _curve(two) == _curve(one)
+    for other in (halves, shards):  # Adam forgives a gradient of the wrong size: its norm does not
+        assert _curve(other) == pytest.approx(_curve(one), rel=1e-3)
     for name, value in _weights(one).items():
         assert torch.equal(_weights(two)[name], value), name
         for other in (halves, shards):
@@ -216,6 +225,8 @@ def test_copies_that_share_experts_end_in_the_weights_of_one_process_whatever_r(
     one, auto, zero = (str(tmp_path / name) for name in ("one", "auto", "zero"))
     local(_train_experts, 1, {one: ("microbatches=2", "auto")})
     local(_train_experts, 2, {auto: ("dp=2,microbatches=1", "auto"), zero: ("dp=2,microbatches=1", 0)})
+    for other in (auto, zero):
+        assert _curve(other) == pytest.approx(_curve(one), rel=1e-3)
     first = _weights(one)
     assert first["blocks.1.mixture.experts.w1"].shape == (4, 4 * SMALL.width, SMALL.width)
     for name, value in first.items():

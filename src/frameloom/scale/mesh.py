@@ -1,7 +1,6 @@
 """How a job is spread: `pp=2,tp=2,dp=2,schedule=interleaved,v=2,...` in words, and the mesh of ranks that it means."""
 
 import os
-from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from datetime import timedelta
 from tempfile import mkdtemp
@@ -12,7 +11,7 @@ import torch.distributed as dist
 
 import frameloom
 from frameloom.errors import InputError
-from frameloom.scale.schedule import nearest, schedule
+from frameloom.scale.schedule import schedule
 
 REMAT = ("never", "always", "except_last")
 
@@ -175,13 +174,3 @@ def lost(error: Exception, patience: float = 3.0) -> InputError:
         )
     who = f"rank {', '.join(map(str, sorted(missing)))} is gone" if missing else "the ranks fell out of step"
     return InputError(f"rank {rank}: {who} ({reason}); the same command goes on from the last save")
-
-
-def legal(name: str, value: int, choices: Sequence[int]) -> None:
-    """Raises InputError with the nearest of the legal values."""
-    if value not in choices:
-        near = sorted(sorted(choices), key=lambda one: abs(one - value))[:2]
-        raise InputError(f"{name}={value}: {' or '.join(map(str, sorted(near)))} would do")
-
-
-__all__ = ["Parallel", "agree", "join", "legal", "lost", "nearest", "parse"]

@@ -139,12 +139,6 @@ def cuts(costs: Sequence[float], stages: int) -> list[int]:
     return best(within, np.add)[1]
 
 
-def stage_costs(costs: Sequence[float], begins: Sequence[int]) -> list[float]:
-    """The summed cost of every stage."""
-    ends = [*begins[1:], len(costs)]
-    return [float(sum(costs[begin:end])) for begin, end in zip(begins, ends, strict=True)]
-
-
 def balance(found: Sequence[Block], by: str) -> list[float]:
     """The number to balance: `flops`, or `memory` (weights, gradients and Adam's moments, and what is kept)."""
     if by == "flops":

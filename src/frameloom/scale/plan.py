@@ -207,6 +207,7 @@ def _above(devices: int, times: float) -> int:
     return more
 
 
+@cache
 def blocks_of(model: str, size: str) -> tuple[list[Block], int, int, float, GPT | None]:
     """Blocks of one example, heads, batch, steps and, for `gpt:...`, its closed forms.
 

@@ -6,9 +6,7 @@ an allocator makes of it, so that the figures are exact, and the same on every m
 
 import json
 import os
-import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -124,20 +122,10 @@ class Span:
 
 
 class Timeline:
-    """Spans of work of many ranks: how busy they were, and a trace that chrome://tracing or Perfetto shows.
-
-    >>> with timeline.span(rank, "F 0"):
-    ...     stage(x)
-    """
+    """Spans of work of many ranks: how busy they were, and a trace that chrome://tracing or Perfetto shows."""
 
     def __init__(self, spans: Sequence[Span] = ()) -> None:
         self.spans = list(spans)
-
-    @contextmanager
-    def span(self, rank: int, name: str) -> Iterator[None]:
-        begin = time.perf_counter()
-        yield
-        self.spans.append(Span(rank, name, begin, time.perf_counter()))
 
     @property
     def length(self) -> float:
