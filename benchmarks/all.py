@@ -19,6 +19,7 @@ def main() -> None:
     run("startup")
     run("world")
     run("compression")
+    run("fuzz", "--files", "700")
     run("generation")
     run("diffusion")
     run("motion")
@@ -35,6 +36,8 @@ def main() -> None:
     run("stabilization", *clips)
     for clip in clips:
         run("passthrough", clip)
+    run("sem", clips[0])
+    run("rate", *clips)
     run("memory", clips[0])
 
 

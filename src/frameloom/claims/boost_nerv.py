@@ -27,7 +27,7 @@ from frameloom.tasks.compression.nerv import Config, Learner, of_size
 from frameloom.video.clip import Clip
 from frameloom.world.world import World
 
-ADAM, ADAN = {"learning_rate": 1e-3}, {"learning_rate": 3e-3, "optimiser": Adan}
+ADAM, ADAN = {"rate": HNeRV.rate}, {"rate": BoostNeRV.rate, "optimiser": Adan}
 
 
 def run(*, seed: int, retrain: bool, progress: Progress, epochs: int = 16) -> Result:
@@ -102,8 +102,9 @@ def _fitted(
         learner.freeze(pictures)
         return learner.network.measured(pictures) >= psnr
 
-    fit(learner, pictures, epochs=epochs, batch=1, seed=seed, progress=progress,
-        reached=None if psnr is None else reached, **settings)  # fmt: skip
+    rate, settings = settings["rate"](config), {name: it for name, it in settings.items() if name != "rate"}
+    fit(learner, pictures, epochs=epochs, batch=1, learning_rate=rate, seed=seed, progress=progress,
+        reached=None if psnr is None else reached, slow=learner.encoder, **settings)  # fmt: skip
     learner.freeze(pictures)
     return learner
 

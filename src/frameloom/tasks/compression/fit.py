@@ -203,6 +203,7 @@ def fit(
     batch: int = 2,
     learning_rate: float = 1e-3,
     optimiser: type[torch.optim.Optimizer] | None = None,
+    slow: nn.Module | None = None,
     loss: str | Loss = "l2",
     seen: Float[Tensor, "t 1 h w"] | None = None,
     seed: int = 0,
@@ -221,6 +222,7 @@ def fit(
     Args:
         epochs: passes over the clip; None where `minutes` alone says when it ends.
         optimiser: Adam without weight decay for None.
+        slow: a part of the network that learns at a tenth of the rate.
         loss: a name in `LOSSES`, or a function of what was drawn and what should have been.
         seen: 1 where a pixel counts; what is hidden is drawn as the network likes.
         mixed: run the network in bfloat16 where autocast allows it; the loss is always float32.
@@ -241,6 +243,11 @@ def fit(
     batches = Shuffled(frames, batch, seed, device)
     made = optimiser or (lambda weights, lr: torch.optim.Adam(weights, lr, betas=(0.9, 0.999), fused=True))
 
+    behind = set() if slow is None else set(slow.parameters())
+    groups = [{"params": [weight for weight in network.parameters() if weight not in behind]}]
+    if behind:
+        groups.append({"params": list(slow.parameters()), "lr": learning_rate / 10})
+
     def loss_at(step: int) -> Tensor:
         index, pictures = batches(step)
         with torch.autocast(device.type, torch.bfloat16, enabled=mixed):
@@ -253,7 +260,7 @@ def fit(
 
     return descend(
         network,
-        [made(network.parameters(), learning_rate)],
+        [made(groups, learning_rate)],
         loss_at,
         steps=None if epochs is None else batches.steps * epochs,
         minutes=minutes,
