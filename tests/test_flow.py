@@ -1,6 +1,7 @@
 """Optical flow: the engine's exact properties, the policies', the driver's, and the verb."""
 
 import itertools
+import weakref
 from dataclasses import replace
 from fractions import Fraction
 from pathlib import Path
@@ -27,6 +28,7 @@ from frameloom.tasks.flow.data import Files, FlowBatches, batches
 from frameloom.tasks.flow.gma import GMA
 from frameloom.tasks.flow.splatflow import SplatFlow, State, aligned
 from frameloom.tasks.flow.streamflow import StreamFlow
+from frameloom.tasks.flow.tiles import Tiled, spans
 from frameloom.tasks.flow.videoflow import VideoFlow
 from frameloom.tasks.interpolation.dis import DIS
 from frameloom.training.pretrained import load, shipped
@@ -148,6 +150,63 @@ def test_a_flow_file_comes_back(tmp_path, kind):
     back, known = read_flow(path)
     assert torch.equal(known, valid)
     assert ((back - flow).abs() * valid).max() <= (1 / 128 if kind == "png" else 0)
+
+
+class Local:
+    """A flow that hangs on a pixel's own colours alone, of the frame and of the two after it."""
+
+    multiple, least = 8, 16
+
+    def stream(self, frames, backward=False):
+        held = []
+        for frame in itertools.chain(frames, [None, None]):
+            held.append(frame)
+            if len(held) > 3:
+                held.pop(0)
+            if len(held) == 3 and held[1] is not None:
+                last = held[1] if held[2] is None else held[2]
+                yield held[1][:2] - held[0][:2] + last[1:], held[0][:2] if backward else None
+
+
+@pytest.mark.parametrize(("height", "width"), [(104, 240), (240, 104), (120, 112), (400, 304)])
+def test_tiles_cover_a_picture_and_what_is_local_comes_out_as_without(height, width):
+    video = rand(1, 5, 3, height, width)
+    whole, parts = estimate(Local(), video, True), estimate(Tiled(Local(), 120), video, True)
+    assert torch.allclose(whole.fwd, parts.fwd, atol=1e-6)
+    assert torch.allclose(whole.bwd, parts.bwd, atol=1e-6)
+    for length in (height, width):
+        places = spans(length, 120, 8)
+        assert places[0][0] == 0
+        assert places[-1][1] == length
+        assert all(start % 8 == 0 for start, _ in places)
+        assert all(after[0] <= before[1] - 88 for before, after in itertools.pairwise(places))
+
+
+def test_tiles_hold_no_more_frames_than_the_method_looks_at():
+    alive = weakref.WeakSet()
+
+    def frames(count):
+        for _ in range(count):
+            frame = rand(3, 104, 240)
+            alive.add(frame)
+            yield frame
+
+    most = 0
+    for _ in Tiled(Local(), 120).stream(frames(12)):
+        most = max(most, len(alive))
+    assert 1 <= most <= 2
+
+
+def test_a_learned_method_in_tiles_sees_what_the_whole_picture_shows_in_less_memory():
+    video, model = scene(3, 128, 192), load("gma")
+    whole, parts = (estimate(one, video).fwd for one in (model, Tiled(model, 128)))
+    assert float((whole - parts).norm(dim=2).mean()) < 0.1
+    assert peak(lambda: estimate(Tiled(model, 128), video)) < 0.8 * peak(lambda: estimate(model, video))
+
+
+def test_a_tile_that_is_too_small_is_refused():
+    with pytest.raises(InputError, match="--tile 64: tiles share 96 pixels"):
+        Tiled(Local(), 64)
 
 
 def test_the_verb_writes_a_folder_once_and_knows_a_cut(tmp_path):

@@ -41,6 +41,9 @@ def flow(
     method: options.Method = "auto",
     format: Annotated[str, typer.Option(help="flo, npz or png (KITTI's 16 bit)")] = "flo",
     bidirectional: Annotated[bool, typer.Option("--bidirectional", help="also from each frame back")] = False,
+    tile: Annotated[
+        int | None, typer.Option(help="look at squares of so many pixels: large pictures, little memory")
+    ] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="replace a folder that is not empty")] = False,
     weights: options.Weights = None,
     device: options.Device = "cpu",
@@ -63,7 +66,7 @@ def flow(
     clip = read(input, stream=stream, range=range, rate=rate, deinterlace=deinterlace, keep_readable=keep_readable)
     terminal.say(terminal.describe(clip, Path(input).name))
     name = chosen(method, "flow")
-    made = verb(clip, name, bidirectional=bidirectional, weights=weights, device=device)
+    made = verb(clip, name, bidirectional=bidirectional, weights=weights, tile=tile, device=device)
     begun = time.perf_counter()
     with terminal.bar("gaps") as progress:
         made.save(folder, format, overwrite=overwrite, progress=progress)

@@ -22,6 +22,7 @@ from frameloom.errors import InputError
 from frameloom.motion.cuts import change
 from frameloom.motion.flowio import colours
 from frameloom.progress import Progress, silent
+from frameloom.tasks.flow.tiles import Tiled
 from frameloom.training.pretrained import load
 from frameloom.video.clip import Clip, Frame, Source
 
@@ -133,6 +134,7 @@ def flow(
     *,
     bidirectional: bool = False,
     weights: str | None = None,
+    tile: int | None = None,
     device: str = "cpu",
 ) -> "FlowClip":
     """The motion of every pixel of a clip from each frame to the next, lazily.
@@ -141,6 +143,7 @@ def flow(
         method: a method of this task, or `"auto"` for the one that measures best on real footage.
         bidirectional: also from each frame back to the one before.
         weights: for methods that have them; see `frameloom.load`.
+        tile: look at squares of so many pixels, one after the other, and blend; None looks at whole pictures.
 
     Raises:
         InputError: a single frame, an unknown method, pictures that the method is too coarse for.
@@ -157,7 +160,7 @@ def flow(
     if gap is not None:
         log.warning("%s: frames are %d to %d ms apart; a flow is the motion of one such step, not of a fixed time",
                     clip.info.name, *(round(1000 * side) for side in gap))  # fmt: skip
-    return FlowClip(clip, made, bidirectional, device)
+    return FlowClip(clip, made if tile is None else Tiled(made, tile), bidirectional, device)
 
 
 def spread(clip: Clip) -> tuple[float, float] | None:
@@ -235,4 +238,7 @@ class _Coloured(Source):
             yield Frame(times[number], self.info.colour, rgb=colours(gap.fwd, self.longest))
 
     def fingerprint(self) -> str:
-        return f"{self.base.fingerprint()} | flow {type(self.made.method).__name__}"
+        method = self.made.method
+        parts = f" in {method.side}" if isinstance(method, Tiled) else ""
+        whole = method.method if isinstance(method, Tiled) else method
+        return f"{self.base.fingerprint()} | flow {type(whole).__name__}{parts}"
