@@ -18,7 +18,9 @@ import frameloom
 from frameloom.cli.app import app
 from frameloom.errors import InputError
 from frameloom.memory import peak
+from frameloom.motion.consistency import confidence
 from frameloom.motion.correlation import CorrPyramid, LazyCorr
+from frameloom.motion.dis import dis_flows
 from frameloom.motion.flowio import encode_flow, read_flow
 from frameloom.motion.raft import Affinity, Aggregate, sequence_loss
 from frameloom.motion.twins import Twins
@@ -482,6 +484,20 @@ def test_what_stands_still_and_what_moves_evenly_is_seen_so(method):
         # videoflow has no third frame at the ends of a clip.
         inner = flow[:, 1:-1] if method == "videoflow" else flow
         assert torch.linalg.vector_norm(inner - truth, dim=2).mean() < allowed
+
+
+@torch.no_grad()
+def test_in_use_what_dis_finds_both_ways_is_kept_and_in_training_it_is_not():
+    photo = torch.from_numpy(astronaut()[100:164, 100:220].copy()).permute(2, 0, 1).float() / 255
+    first, second = photo[None, ..., 5:101], photo[None, ..., 2:98]
+    model, there, back = made(GMA), dis_flows(first, second), dis_flows(second, first)
+    sure = confidence(there, back, model.config.trust).expand_as(there) > 0.999
+    assert 0.3 < float(sure.float().mean()) < 1
+    kept = model(first, second, last=True)[0]
+    assert float((kept - there)[sure].abs().max()) < 0.01
+    assert float((kept - there)[~sure].abs().max()) > 0.1
+    assert model.guess(first, second).keep is not None
+    assert model.train().guess(first, second).keep is None
 
 
 @torch.no_grad()

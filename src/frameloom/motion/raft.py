@@ -21,6 +21,7 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
+from frameloom.motion.consistency import confidence
 from frameloom.motion.correlation import CorrPyramid, LazyCorr, correlate
 from frameloom.motion.dis import dis_flows
 from frameloom.motion.twins import Twins
@@ -37,8 +38,10 @@ class RaftConfig:
     widths of the motion encoder: correlations first and then, flow first and then, and what comes out. `radius`,
     `levels`: of the correlation lookup. `kernels`, `cell_kernels`: depthwise sizes of SK blocks. `iterations`: in
     training; `refinements`: in use. `mask_scale` softens the upsampling weights. `begins`: the flow before the first
-    refinement; the papers begin at zero, but what `dis` finds needs no learning and is mended in minutes. `stress`: how
-    much more a pixel counts in training that the next frame hides; they are few, and methods differ in nothing else.
+    refinement; the papers begin at zero, but what `dis` finds needs no learning and is mended in minutes. `trust`: in
+    use, what `dis` finds there and back within so many pixels is kept as it is (0: nothing is); a network of this size
+    mends what is lost and blurs what is not. `stress`: how much more a pixel counts in training that the next frame
+    hides; they are few, and methods differ in nothing else.
     """
 
     encoder: Literal["basic", "twins"] = "basic"
@@ -61,6 +64,7 @@ class RaftConfig:
     refinements: int = 12
     mask_scale: float = 0.25
     begins: Literal["zero", "dis"] = "zero"
+    trust: float = 0.0
     stress: float = 0.0
     gamma: float = 0.8
 
@@ -378,20 +382,27 @@ class RaftCore(nn.Module):
 
     def guess(self, first: Float[Tensor, "n 3 h w"], second: Float[Tensor, "n 3 h w"]) -> "Guess":
         """The flow before the first refinement."""
-        stride = self.config.stride
-        fine = torch.zeros_like(first[:, :2]) if self.config.begins == "zero" else dis_flows(first, second)
-        return Guess(fine, F.avg_pool2d(fine, stride) / stride)
+        stride, keep = self.config.stride, None
+        if self.config.begins == "zero":
+            fine = torch.zeros_like(first[:, :2])
+        else:
+            fine = dis_flows(first, second)
+            if self.config.trust and not self.training:
+                keep = confidence(fine, dis_flows(second, first), self.config.trust)
+        return Guess(fine, F.avg_pool2d(fine, stride) / stride, keep)
 
     def upsample(self, flow: Tensor, mask: Tensor, guess: "Guess") -> Float[Tensor, "n 2 H W"]:
         """Flow in cells to flow in pixels: what was changed since the guess, by the weights of a mask head."""
-        return guess.fine + convex_upsample(flow - guess.coarse, self.config.mask_scale * mask, self.config.stride)
+        change = convex_upsample(flow - guess.coarse, self.config.mask_scale * mask, self.config.stride)
+        return guess.fine + (change if guess.keep is None else (1 - guess.keep) * change)
 
 
 class Guess(NamedTuple):
-    """A first flow of every pixel, in pixels, and of every cell, in cells."""
+    """A first flow of every pixel, in pixels, and of every cell, in cells; how much of every pixel's is kept."""
 
     fine: Float[Tensor, "n 2 H W"]
     coarse: Float[Tensor, "n 2 h w"]
+    keep: Float[Tensor, "n 1 H W"] | None
 
 
 class TwoFrame(RaftCore):

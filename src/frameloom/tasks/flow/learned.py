@@ -1,5 +1,6 @@
 """What every flow network tells the trainer and the loader: its sizes, its recipe, its data, its published files."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -13,12 +14,13 @@ from frameloom.training.recipe import Recipe
 SMALL: dict[str, Any] = {
     "stride": 4, "stem": (16, 24, 32), "features": 48, "hidden": 32, "context": 32, "motion": (48, 40, 24, 16, 32),
     "mask": 64, "radius": 2, "levels": 3, "iterations": 4, "refinements": 6, "context_norm": "instance",
-    "begins": "dis", "stress": 10.0,
+    "begins": "dis", "trust": 0.25, "stress": 10.0,
 }  # fmt: skip
 SMALL_SK = SMALL | {"encoder": "twins", "stem": (48, 48), "heads": (2, 2), "kernels": (1, 7), "cell_kernels": (1, 7)}
-# One budget for all, so that claims compare methods and not patience.
+# One budget for a core and all that is built on it, so that claims compare methods and not patience.
 RECIPE = Recipe(steps=1000, batch_size=3, lr=1.2e-3, final_lr=1e-5, warmup=100, hold=0.4, weight_decay=1e-5, ema=0.995,
                 bf16=True)  # fmt: skip
+RECIPE_SK = replace(RECIPE, steps=2400)
 PAPER_RECIPE = Recipe(steps=100_000, batch_size=8, lr=2.5e-4, warmup=5000, weight_decay=1e-4)
 SMALL_CROP, CROP = (64, 96), (432, 960)
 
@@ -28,6 +30,7 @@ class Learned:
 
     id: ClassVar[str]
     presets: ClassVar[dict[str, RaftConfig]]
+    tiny_recipe: ClassVar[Recipe] = RECIPE
     paper_recipe: ClassVar[Recipe] = PAPER_RECIPE
 
     @classmethod
@@ -44,7 +47,7 @@ class Learned:
     def recipe(cls, size: str) -> Recipe:
         """How a size is trained."""
         cls.preset(size)
-        return RECIPE if size.startswith("tiny") else cls.paper_recipe
+        return cls.tiny_recipe if size.startswith("tiny") else cls.paper_recipe
 
     @classmethod
     def dataset(cls, source: str, size: str, seed: int) -> FlowBatches:

@@ -14,7 +14,7 @@ NeurIPS 2022, arXiv 2205.14623.
 from dataclasses import dataclass
 
 from frameloom.motion.raft import RaftConfig, TwoFrame
-from frameloom.tasks.flow.learned import SMALL_SK, Learned
+from frameloom.tasks.flow.learned import RECIPE_SK, SMALL_SK, Learned
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,4 +31,4 @@ PRESETS = {"tiny": Config(**SMALL_SK), "paper": Config()}
 class SKFlow(Learned, TwoFrame):
     """Large-kernel update blocks and aggregation; no history."""
 
-    id, presets = "skflow", PRESETS
+    id, presets, tiny_recipe = "skflow", PRESETS, RECIPE_SK

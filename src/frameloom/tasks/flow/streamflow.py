@@ -37,7 +37,7 @@ from frameloom.motion.raft import (
     step,
 )
 from frameloom.motion.twins import Mlp
-from frameloom.tasks.flow.learned import PAPER_RECIPE, SMALL_SK, Learned
+from frameloom.tasks.flow.learned import PAPER_RECIPE, RECIPE_SK, SMALL_SK, Learned
 from frameloom.tasks.flow.published import fill, read_state
 
 log = logging.getLogger("frameloom")
@@ -140,7 +140,7 @@ class GroupUpdate(nn.Module):
 class StreamFlow(Learned, RaftCore):
     """All flows of a group of frames, refined together."""
 
-    id, presets = "streamflow", PRESETS
+    id, presets, tiny_recipe = "streamflow", PRESETS, RECIPE_SK
     paper_recipe = replace(PAPER_RECIPE, steps=300_000, batch_size=16, lr=6e-4)
 
     def __init__(self, config: Config) -> None:

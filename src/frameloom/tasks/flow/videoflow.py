@@ -36,7 +36,7 @@ from frameloom.motion.raft import (
     step,
 )
 from frameloom.motion.warp import backward_warp
-from frameloom.tasks.flow.learned import SMALL_SK, Learned
+from frameloom.tasks.flow.learned import RECIPE_SK, SMALL_SK, Learned
 from frameloom.tasks.flow.published import fill, plain, read_state
 
 log = logging.getLogger("frameloom")
@@ -117,7 +117,7 @@ def _both_ways(config: Config) -> nn.Module:
 class VideoFlow(Learned, RaftCore):
     """Flows of every inner frame of a clip to both of its neighbours."""
 
-    id, presets = "videoflow", PRESETS
+    id, presets, tiny_recipe = "videoflow", PRESETS, RECIPE_SK
 
     def __init__(self, config: Config) -> None:
         super().__init__(config)
