@@ -85,6 +85,11 @@ class Flow(Path):
     def _coef(self, t: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         return 1 - t, torch.zeros_like(t), t
 
+    def rates(self, t: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        # Constant, and asked for at every step of the models that most people run.
+        one = torch.ones_like(t, dtype=torch.float64)
+        return -one, torch.zeros_like(one), one
+
     def t_of_lam(self, lam: Tensor) -> Tensor:
         return 1 / (1 + lam.double())
 

@@ -4,7 +4,7 @@ and latents into video. diffusers reads the parts; the sampling is ours.
 
 import inspect
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from importlib import import_module
 from pathlib import Path as File
@@ -157,6 +157,7 @@ class Pipeline:
         self._ramp = ramp
         self.guide: Guide = self.guided(family.w)
         self.step: Step = step_of(self.scheduler)
+        self._made: dict[tuple, Any] = {}
 
     def _adapter(self, host: Any) -> Adapter:
         module, kind = self.family.adapter.split(".")
@@ -311,6 +312,17 @@ class Pipeline:
 
     def grid(self, n: int) -> Tensor:
         """The `(n + 1,)` times at which the published pipeline stops in `n` steps."""
+        return self._once("grid", n, self._grid).clone()
+
+    def _once(self, what: str, n: int, make: Callable[[int], Any]) -> Any:
+        """What depends on the scheduler, the latents' size and the number of steps alone: a new scheduler each time
+        would cost as much as a step of a small network."""
+        key = what, n, id(self.scheduler), self.denoiser.latent
+        if key not in self._made:
+            self._made[key] = make(n)
+        return self._made[key]
+
+    def _grid(self, n: int) -> Tensor:
         if self.name != "LTXPipeline":
             return grid_of(self.scheduler, n)
         from diffusers.pipelines.ltx.pipeline_ltx import calculate_shift
@@ -324,4 +336,4 @@ class Pipeline:
 
     def start(self, noise: Float[Tensor, "b s c y x"], n: int) -> Float[Tensor, "b s c y x"]:
         """Where a run of `n` steps starts: unit noise, scaled as the path has it at the first time."""
-        return noise * start_of(self.scheduler, n)
+        return noise * self._once("start", n, lambda n: start_of(self.scheduler, n))

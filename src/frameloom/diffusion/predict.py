@@ -5,6 +5,7 @@ ways. Conversions are in float32 even under autocast: 1/a overflows in half prec
 """
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from jaxtyping import Float
@@ -52,11 +53,11 @@ def _parts(path: Path, x: Tensor, t: Tensor, y: Tensor | None) -> tuple[Tensor, 
     return a, b, c, x if y is None or not path.bridge else x - b * y
 
 
-def _turn(path: Path, x: Tensor, t: Tensor, y: Tensor | None) -> tuple[Tensor, ...]:
+def _turn(path: Path, x: Tensor, t: Tensor, y: Tensor | None) -> tuple[Any, ...]:
     """`a, c, a', c', b'y` and the determinant of (x0, eps) -> (x~, u)."""
     a, _, c, x = _parts(path, x, t, y)
     da, db, dc = (spread(value.to(x.dtype), x) for value in path.rates(t))
-    drift = torch.zeros_like(x) if y is None else db * y
+    drift = 0.0 if y is None else db * y
     return a, c, da, dc, drift, a * dc - da * c, x
 
 
