@@ -211,6 +211,15 @@ def test_the_encoder_learns_at_a_tenth_of_the_rate_and_is_not_learnt_twice():
     assert sum(len(group["params"]) for group in (fast, slow)) == len(list(learner.parameters()))
 
 
+@pytest.mark.parametrize("method", [HNeRV, NeRV])
+def test_a_dark_clip_with_a_bright_mark_does_not_stay_black(method):
+    pictures = torch.full((6, 3, 16, 32), 8, dtype=torch.uint8)
+    pictures[:, :, 6:9, 10:18] = 240
+    config = replace(SMALL, **method.families[method.method])
+    black = float(psnr(torch.zeros(6, 3, 16, 32), pictures.float() / 255))
+    assert method.fitted_to(pictures, config, epochs=60).measured(pictures) > black + 6
+
+
 def test_losses_are_zero_for_equal_pictures_and_weigh_as_published():
     a = torch.rand(1, 3, 32, 32, generator=torch.Generator().manual_seed(0))
     assert all(loss(a, a).abs() < 1e-5 for loss in LOSSES.values())

@@ -97,6 +97,7 @@ def _fitted(
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         learner = Learner(BoostNeRV(config)).to(memory_format=torch.channels_last)
+    learner.network.begin_at(pictures)
 
     def reached(_: int) -> bool:
         learner.freeze(pictures)

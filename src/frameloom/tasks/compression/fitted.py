@@ -189,6 +189,7 @@ class Fitted(SectionedCodec, Decoder):
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             learner = Learner(cls(config)).to(device, memory_format=torch.channels_last)
+        learner.network.begin_at(pictures)
         if epochs is None and minutes is None:
             epochs = cls.epochs
         steps = max(1, (epochs or cls.epochs) // _CHECKS) * max(1, len(pictures) // (batch or cls.batch))

@@ -243,6 +243,14 @@ class Decoder(nn.Module):
             self.conditions = nn.ModuleList(Conditional(width, second) for width in modulated)
         self.head = nn.Conv2d(config.widths[-1], 3, 3, padding=1)
 
+    @torch.no_grad()
+    def begin_at(self, pictures: UInt8[Tensor, "t 3 h w"]) -> None:
+        """Let the head draw about the clip's mean colour. From grey, a dark clip drives tanh so deep into black that
+        nothing comes back from there.
+        """
+        mean = pictures.float().mean((0, 2, 3)) / 255
+        self.head.bias.copy_(torch.atanh((2 * mean - 1).clamp(-0.98, 0.98)))
+
     def code(self, index: Int[Tensor, "b"]) -> Float[Tensor, "b d _ _"]:
         """What `draw` takes for the frames `index`."""
         return encoded(index, self.config.frames) if self.config.indexed else self.embeddings[index]
