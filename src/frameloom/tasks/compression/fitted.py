@@ -219,7 +219,7 @@ class Fitted(SectionedCodec, Decoder):
         """The learning rate of a network: the published one from 1.5 million parameters on, higher for smaller ones.
 
         At 40 thousand it is seven times as high, where the measured optimum is (300 epochs on a flight of 32 frames:
-        hnerv +2.0 dB, nerv +1.2 dB over the published rate); between lies a power law. So fast an encoder does not
+        two decibels over the published rate, for hnerv and nerv); between lies a power law. So fast an encoder does not
         settle, so it always learns at a tenth of the rate.
         """
         return cls.learning_rate * max(1.0, (PUBLISHED_SIZE / config.parameters) ** 0.55)
