@@ -27,7 +27,7 @@ from frameloom.tasks.compression.nerv import Config, Learner, of_size
 from frameloom.video.clip import Clip
 from frameloom.world.world import World
 
-ADAM, ADAN = {"rate": HNeRV.rate}, {"rate": BoostNeRV.rate, "optimiser": Adan}
+ADAM, ADAN = {"learning_rate": HNeRV.rate}, {"learning_rate": BoostNeRV.rate, "optimiser": Adan}
 
 
 def run(*, seed: int, retrain: bool, progress: Progress, epochs: int = 16) -> Result:
@@ -103,8 +103,8 @@ def _fitted(
         learner.freeze(pictures)
         return learner.network.measured(pictures) >= psnr
 
-    rate, settings = settings["rate"](config), {name: it for name, it in settings.items() if name != "rate"}
-    fit(learner, pictures, epochs=epochs, batch=1, learning_rate=rate, seed=seed, progress=progress,
+    settings = settings | {"learning_rate": settings["learning_rate"](config)}
+    fit(learner, pictures, epochs=epochs, batch=1, seed=seed, progress=progress,
         reached=None if psnr is None else reached, slow=learner.encoder, **settings)  # fmt: skip
     learner.freeze(pictures)
     return learner

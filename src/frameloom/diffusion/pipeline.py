@@ -315,9 +315,9 @@ class Pipeline:
         return self._once("grid", n, self._grid).clone()
 
     def _once(self, what: str, n: int, make: Callable[[int], Any]) -> Any:
-        """What depends on the scheduler, the latents' size and the number of steps alone: a new scheduler each time
-        would cost as much as a step of a small network."""
-        key = what, n, id(self.scheduler), self.denoiser.latent
+        """What depends on the latents' size and the number of steps alone: a new scheduler each time would cost as much
+        as a step of a small network."""
+        key = what, n, self.denoiser.latent
         if key not in self._made:
             self._made[key] = make(n)
         return self._made[key]

@@ -146,7 +146,7 @@ def flow(
         tile: look at squares of so many pixels, one after the other, and blend; None looks at whole pictures.
 
     Raises:
-        InputError: a single frame, an unknown method, pictures that the method is too coarse for.
+        InputError: a single frame, an unknown method, pictures that the method is too coarse for, a tile that is.
     """
     name = chosen(method, "flow")
     card(name, "flow")
