@@ -18,12 +18,13 @@ import frameloom
 from frameloom.cli.app import app
 from frameloom.errors import InputError
 from frameloom.memory import peak
-from frameloom.motion.consistency import confidence
+from frameloom.motion.consistency import confidence, continued
 from frameloom.motion.correlation import CorrPyramid, LazyCorr
 from frameloom.motion.dis import dis_flows
 from frameloom.motion.flowio import encode_flow, read_flow
-from frameloom.motion.raft import Affinity, Aggregate, sequence_loss
+from frameloom.motion.raft import sequence_loss
 from frameloom.motion.twins import Twins
+from frameloom.motion.update import Affinity, Aggregate
 from frameloom.motion.warp import forward_splat
 from frameloom.tasks.flow.base import estimate
 from frameloom.tasks.flow.data import Files, FlowBatches, batches
@@ -35,6 +36,7 @@ from frameloom.tasks.flow.videoflow import VideoFlow
 from frameloom.tasks.interpolation.dis import DIS
 from frameloom.training.pretrained import load, shipped
 from frameloom.video.clip import Clip, TensorSource
+from frameloom.world import WorldDataset
 from media import make, moving
 
 
@@ -498,6 +500,39 @@ def test_in_use_what_dis_finds_both_ways_is_kept_and_in_training_it_is_not():
     assert float((kept - there)[~sure].abs().max()) > 0.1
     assert model.guess(first, second).keep is not None
     assert model.train().guess(first, second).keep is None
+
+
+def test_what_is_lost_goes_on_as_it_went_and_what_is_found_stays():
+    moved = torch.tensor([3.0, -1.0]).view(1, 2, 1, 1).expand(1, 2, 16, 24).contiguous()
+    inner = (..., slice(4, -4), slice(4, -4))
+    lost = continued(moved + 9, moved, -moved, moved)
+    assert torch.allclose(lost[inner], moved[inner], atol=1e-3)
+    for kept in (continued(moved, -moved, moved * 5, -moved * 5), continued(moved, moved + 9, moved, moved + 9)):
+        assert torch.allclose(kept[inner], moved[inner], atol=1e-3)
+
+
+@torch.no_grad()
+def test_behind_an_occluder_a_guess_with_a_past_is_nearer():
+    clip = WorldDataset("motion", 3, 96, 128, seed=77, length=6, motion=8.0,
+                        outputs=("rgb", "flow", "occlusion")).batch(range(6))  # fmt: skip
+    before, first, second = clip["rgb"].unbind(1)
+    hidden, truth = clip["occlusion"][:, 1, 0].bool(), clip["flow"][:, 1]
+    model = made(StreamFlow)
+    error = lambda *frames: float(torch.linalg.vector_norm(model.guess(*frames).fine - truth, dim=1)[hidden].mean())  # noqa: E731
+    assert error(first, second, before) < 0.85 * error(first, second)
+    assert torch.equal(model.guess(first, second, first).fine, model.guess(first, second).fine)
+
+
+@torch.no_grad()
+def test_a_group_of_a_stream_is_told_of_the_frame_before_it(monkeypatch):
+    model, video = made(StreamFlow), scene(9, 32, 48)
+    seen, guess = [], StreamFlow.guess
+    monkeypatch.setattr(StreamFlow, "guess", lambda self, *frames: seen.append(frames) or guess(self, *frames))
+    list(model.stream(video[0]))
+    pairs = [pair for frames in seen for pair in zip(*frames, strict=True)]
+    number = lambda frame: next(k for k in range(9) if torch.equal(video[0, k], frame))  # noqa: E731
+    assert [tuple(map(number, pair)) for pair in pairs[:6]] == [(0, 1, 0), *((k, k + 1, k - 1) for k in range(1, 6))]
+    assert [tuple(map(number, pair)) for pair in pairs[7:]] == [(6, 7, 5), (7, 8, 6)]  # the last group's own gaps
 
 
 @torch.no_grad()

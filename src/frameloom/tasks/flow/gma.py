@@ -10,7 +10,8 @@ Motion Aggregation", ICCV 2021, arXiv 2104.02409.
 
 from dataclasses import dataclass
 
-from frameloom.motion.raft import RaftConfig, TwoFrame
+from frameloom.motion.config import RaftConfig
+from frameloom.motion.raft import TwoFrame
 from frameloom.tasks.flow.learned import SMALL, Learned
 
 

@@ -5,7 +5,8 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from frameloom.errors import InputError
-from frameloom.motion.raft import RaftConfig, RaftCore
+from frameloom.motion.config import RaftConfig
+from frameloom.motion.raft import RaftCore
 from frameloom.tasks.flow.data import FlowBatches, batches
 from frameloom.tasks.flow.published import fill, plain
 from frameloom.training.recipe import Recipe

@@ -12,7 +12,8 @@ Zachary Teed, Jia Deng, "RAFT: Recurrent All-Pairs Field Transforms for Optical 
 
 from dataclasses import dataclass
 
-from frameloom.motion.raft import RaftConfig, TwoFrame
+from frameloom.motion.config import RaftConfig
+from frameloom.motion.raft import TwoFrame
 from frameloom.tasks.flow.learned import SMALL, Learned
 
 

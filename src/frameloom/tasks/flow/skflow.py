@@ -13,7 +13,8 @@ NeurIPS 2022, arXiv 2205.14623.
 
 from dataclasses import dataclass
 
-from frameloom.motion.raft import RaftConfig, TwoFrame
+from frameloom.motion.config import RaftConfig
+from frameloom.motion.raft import TwoFrame
 from frameloom.tasks.flow.learned import RECIPE_SK, SMALL_SK, Learned
 
 

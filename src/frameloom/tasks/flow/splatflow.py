@@ -22,17 +22,9 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from frameloom.motion.raft import (
-    RaftConfig,
-    RaftCore,
-    UpdateBlock,
-    cell,
-    flow_head,
-    grid,
-    mask_head,
-    sequence_loss,
-    step,
-)
+from frameloom.motion.config import RaftConfig
+from frameloom.motion.raft import RaftCore, sequence_loss
+from frameloom.motion.update import UpdateBlock, cell, flow_head, grid, mask_head, step
 from frameloom.motion.warp import forward_splat
 from frameloom.tasks.flow.learned import SMALL, Learned
 from frameloom.tasks.flow.published import plain

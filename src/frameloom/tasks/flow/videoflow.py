@@ -24,17 +24,9 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from frameloom.motion.raft import (
-    Aggregate,
-    RaftConfig,
-    RaftCore,
-    SKBlock,
-    cell,
-    grid,
-    mask_head,
-    sequence_loss,
-    step,
-)
+from frameloom.motion.config import RaftConfig
+from frameloom.motion.raft import RaftCore, sequence_loss
+from frameloom.motion.update import Aggregate, SKBlock, cell, grid, mask_head, step
 from frameloom.motion.warp import backward_warp
 from frameloom.tasks.flow.learned import RECIPE_SK, SMALL_SK, Learned
 from frameloom.tasks.flow.published import fill, plain, read_state
@@ -135,7 +127,7 @@ class VideoFlow(Learned, RaftCore):
         hidden, context, affinity = self.begin(video[:, 1:-1])
         start, block = grid(hidden), self.update_block
         middle, after, before = (part.flatten(0, 1) for part in (video[:, 1:-1], video[:, 2:], video[:, :-2]))
-        guesses = self.guess(middle, after), self.guess(middle, before)
+        guesses = self.guess(middle, after, before), self.guess(middle, before, after)
         flows = torch.cat([guess.coarse for guess in guesses], 1)
         state = None
         if self.config.memory:
