@@ -343,6 +343,21 @@ def test_the_command_says_what_is_wrong_and_leaves_nothing(tmp_path):
     assert not (full / "kept.txt").exists()
 
 
+def test_the_command_looks_in_tiles(tmp_path):
+    path = tmp_path / "in.mp4"
+    make(path, moving(2, 128, 304))
+    for folder, extra in (("whole", []), ("tiles", ["--tile", "256"])):
+        result = CliRunner().invoke(app, ["flow", str(path), str(tmp_path / folder), "-m", "dis", *extra])
+        assert result.exit_code == 0, result.output
+    whole, tiled = (read_flow(next((tmp_path / folder).glob("*.flo")))[0] for folder in ("whole", "tiles"))
+    assert whole.shape == tiled.shape == (2, 128, 304)
+    assert not torch.equal(whole, tiled)
+    small = CliRunner().invoke(app, ["flow", str(path), str(tmp_path / "small"), "--tile", "64"])
+    assert isinstance(small.exception, InputError)
+    assert "--tile 64" in str(small.exception)
+    assert not (tmp_path / "small").exists()
+
+
 @torch.no_grad()
 @pytest.mark.parametrize(("kind", "looks", "pairs"), [(StreamFlow, 8, 6), (SplatFlow, 7, 6), (GMA, 12, 6)])
 def test_a_group_costs_one_estimate_a_flow_and_one_look_a_frame(kind, looks, pairs, monkeypatch):

@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import load_file
 from torch import nn
 
-from frameloom.cards import Card
+from frameloom.cards import Card, cards
 from frameloom.errors import InputError, Interrupted
 from frameloom.training import loop
 from frameloom.training.recipe import Recipe
@@ -126,3 +126,11 @@ def test_runs_of_different_precision_follow_one_another_in_one_process(tmp_path,
     monkeypatch.setattr(Line, "recipe", classmethod(lambda cls, size: replace(recipe, bf16=True)))
     loop.train("line", tmp_path / "half", workers=0)
     assert (tmp_path / "half" / "model.safetensors").is_file()
+
+
+def test_a_size_that_there_is_not_is_one_line():
+    learners = [kind for kind in (one.load_class() for one in cards().values()) if hasattr(kind, "recipe")]
+    assert len(learners) > 10
+    for kind in learners:
+        with pytest.raises(InputError, match="--size huge"):
+            kind.preset("huge")

@@ -1,4 +1,4 @@
-"""HNeRV against NeRV at one size and one budget, on 32 frames of 64x128 from a camera over photographs.
+"""HNeRV against NeRV at one size and one budget, on four clips of 32 frames of 64x128.
 
 Published at 1.5 million parameters and 300 epochs on 132 frames of 640x1280: 35.57 dB against 30.87 dB.
 """
@@ -28,6 +28,7 @@ from frameloom.world.world import World
 PUBLISHED = {350_000: (32, 15), 750_000: (48, 30), 1_500_000: (68, 54), 3_000_000: (97, 91)}
 # The gain at this size that the claim asks for, in dB.
 NEEDED = 2.0
+EVEN = "hnerv (3,3; r=2)"
 
 _DECODE = """
 import sys, torch
@@ -38,55 +39,72 @@ torch.save(decoded.bytes_tensor(), sys.argv[2])
 
 
 def run(*, seed: int, retrain: bool, progress: Progress, epochs: int = 300) -> Result:
-    """Fit both networks, and HNeRV with NeRV's kernels and channels, and measure what their files hold.
+    """Fit both networks to every clip, and to the first also HNeRV with NeRV's kernels and channels; read the files.
 
-    Rows are measured on frames decoded from the file. Everything is fitted anew each time, so `retrain` changes
-    nothing.
+    One clip says little: a fit's result moves by half a decibel with nothing but its random numbers, and the gain by
+    twice that from clip to clip. So the mean is judged. Rows are measured on frames decoded from the files. Everything
+    is fitted anew each time, so `retrain` changes nothing.
     """
-    rendered = World("flyover", [seed], frames=32).render(64, 128)["rgb"][0]
-    pictures = (rendered * 255).round().to(torch.uint8)
-    clip = Clip.from_tensor(pictures)
-    target = pictures.float() / 255
     plain = HNeRV.preset("tiny")
     even = of_size(replace(plain, kernels=(3, 3), reduction=2.0), plain.parameters)
-    plans: list[tuple[str, type[Fitted], Config]] = [
-        ("nerv", NeRV, NeRV.preset("tiny")),
-        ("hnerv", HNeRV, plain),
-        ("hnerv (3,3; r=2)", HNeRV, even),
-    ]
+    plans: dict[str, tuple[type[Fitted], Config]] = {
+        "nerv": (NeRV, NeRV.preset("tiny")), "hnerv": (HNeRV, plain), EVEN: (HNeRV, even),
+    }  # fmt: skip
     rows: list[dict[str, Any]] = []
-    found: dict[str, float] = {}
+    gains: list[float] = []
     checks: dict[str, bool] = {}
-    for name, method, config in plans:
-        started = time.perf_counter()
-        network = method.fitted_to(pictures, config, epochs=epochs, seed=seed, progress=progress)
-        seconds = time.perf_counter() - started
-        data = network.to_bytes(describe(clip, method.method, {}))
-        decoded = torch.stack(list(method.decode(data)))
-        found[name] = float(psnr(decoded, target))
-        rows.append({"name": name, "psnr": f"{found[name]:.2f} dB", "parameters": f"{config.parameters:,}",
-                     "file": f"{len(data):,} bytes", "fit": f"{seconds:.0f} s"})  # fmt: skip
-        if name == "hnerv":
-            with torch.inference_mode():
-                fitted = torch.cat([network(torch.tensor([k])) for k in range(len(pictures))])
-                permuted = network(torch.arange(len(pictures)).flip(0))
-            checks["quantisation costs < 0.3 dB"] = float(psnr(fitted, target)) - found[name] < 0.3
-            checks["a frame comes from its own embedding"] = bool(psnr(permuted, target) < found[name] - 3)
-            checks |= _file_checks(data, decoded)
-    checks["widths as published"] = all(
-        (_width(HNeRV, size), _width(NeRV, size)) == widths for size, widths in PUBLISHED.items()
-    )
-    checks["(3,3; r=2) is worse"] = found["hnerv (3,3; r=2)"] < found["hnerv"]
-    gain = found["hnerv"] - found["nerv"]
+    for kind, scene in clips(seed):
+        rendered = World(kind, [scene], frames=32).render(64, 128)["rgb"][0]
+        pictures = (rendered * 255).round().to(torch.uint8)
+        target, found = pictures.float() / 255, {}
+        for name, (method, config) in plans.items():
+            started = time.perf_counter()
+            network = method.fitted_to(pictures, config, epochs=epochs, seed=seed, progress=progress)
+            seconds = time.perf_counter() - started
+            data = network.to_bytes(describe(Clip.from_tensor(pictures), method.method, {}))
+            decoded = torch.stack(list(method.decode(data)))
+            found[name] = float(psnr(decoded, target))
+            rows.append({"name": name, "clip": f"{kind} {scene}", "psnr": f"{found[name]:.2f} dB",
+                         "parameters": f"{config.parameters:,}", "file": f"{len(data):,} bytes",
+                         "fit": f"{seconds:.0f} s"})  # fmt: skip
+            if name == "hnerv" and not checks:
+                checks = _checks(network, data, decoded, target)
+        if plans.pop(EVEN, None):
+            checks[f"{EVEN} is worse"] = found[EVEN] < found["hnerv"]
+        gains.append(found["hnerv"] - found["nerv"])
+    gain = sum(gains) / len(gains)
     return Result(
         "hnerv",
         paper="+4.70 dB over NeRV at 1.5M parameters, 300 epochs, 132 frames of 640x1280",
-        setting=f"world flyover, 32 frames of 64x128, {epochs} epochs, batch 2, seed {seed}",
+        setting=f"{len(gains)} clips of the world, 32 frames of 64x128, {epochs} epochs, batch 2, seed {seed}",
         rows=rows,
         checks=checks,
         holds=gain > NEEDED,
-        summary=f"{gain:+.2f} dB over nerv (needs > {NEEDED:g})",
+        summary=f"{gain:+.2f} dB over nerv on the mean of {len(gains)} clips (needs > {NEEDED:g}), from "
+        f"{min(gains):+.2f} to {max(gains):+.2f}",
     )
+
+
+def clips(seed: int) -> list[tuple[str, int]]:
+    """Kind and number of the scenes: flights over photographs, and textured bodies in front of a moving camera."""
+    return [(kind, 2 * seed + number) for kind in ("flyover", "motion") for number in range(2)]
+
+
+def _checks(network: Fitted, data: bytes, decoded: Tensor, target: Tensor) -> dict[str, bool]:
+    """What must be so of a fitted network and its file, however good the pictures are."""
+    count = len(target)
+    with torch.inference_mode():
+        fitted = torch.cat([network(torch.tensor([k])) for k in range(count)])
+        permuted = network(torch.arange(count).flip(0))
+    stored = float(psnr(decoded, target))
+    return {
+        "quantisation costs < 0.3 dB": float(psnr(fitted, target)) - stored < 0.3,
+        "a frame comes from its own embedding": bool(psnr(permuted, target) < stored - 3),
+        "widths as published": all(
+            (_width(HNeRV, size), _width(NeRV, size)) == widths for size, widths in PUBLISHED.items()
+        ),
+        **_file_checks(data, decoded),
+    }
 
 
 def _width(method: type[Fitted], size: int) -> int:

@@ -20,6 +20,7 @@ def group() -> None:
 
 
 @edit.command()
+@options.grouped
 def inpaint(
     input: options.Input,
     output: options.Output,
@@ -30,14 +31,9 @@ def inpaint(
     minutes: Annotated[float | None, typer.Option(help="how long the fit may take")] = None,
     seed: options.Seed = 0,
     device: options.Device = "cpu",
-    codec: options.Codec = "h264",
-    crf: options.Crf = None,
-    preset: options.Preset = None,
-    stream: options.Stream = 0,
-    range: options.Range = None,
-    rate: options.Rate = None,
-    deinterlace: options.Deinterlace = False,
-    keep_readable: options.KeepReadable = False,
+    *,
+    encoding: options.Encoding,
+    reading: options.Reading,
     json: options.Json = False,
 ) -> None:
     """Fill holes by fitting a network to what is seen of the video."""
@@ -48,10 +44,10 @@ def inpaint(
     from frameloom.video.writer import check_output
 
     terminal.listen()
-    clip = read(input, stream=stream, range=range, rate=rate, deinterlace=deinterlace, keep_readable=keep_readable)
+    clip = reading.open(input)
     check_output(clip, output)
     terminal.say(terminal.describe(clip, Path(input).name))
     with terminal.bar("steps") as progress:
         made = verb(clip, read(mask), method, size=parameters, epochs=epochs, minutes=minutes, seed=seed,
                     device=device, progress=progress)  # fmt: skip
-    finish(made, output, codec=codec, crf=crf, preset=preset, resume=False, json=json)
+    finish(made, output, encoding, resume=False, json=json)

@@ -33,7 +33,7 @@ VISIBLE = 256
 
 def register(app: typer.Typer) -> None:
     for command in (generate, predict):
-        app.command()(command)
+        app.command()(options.grouped(command))
 
 
 def generate(
@@ -56,9 +56,8 @@ def generate(
     zoom: Zoom = None,
     seed: options.Seed = 0,
     device: options.Device = "cpu",
-    codec: options.Codec = "h264",
-    crf: options.Crf = None,
-    preset: options.Preset = None,
+    *,
+    encoding: options.Encoding,
     resume: options.Resume = False,
     json: options.Json = False,
 ) -> None:
@@ -86,7 +85,7 @@ def generate(
             device=device, strict=strict, stream=parse_stream(stream), progress=progress, **settings,
         )  # fmt: skip
         _told(clip, chosen(method, "generate"), device)
-        _finish(clip, output, zoom, codec, crf, preset, resume, json)
+        _finish(clip, output, zoom, encoding, resume, json)
 
 
 def predict(
@@ -101,9 +100,8 @@ def predict(
     zoom: Zoom = None,
     seed: options.Seed = 0,
     device: options.Device = "cpu",
-    codec: options.Codec = "h264",
-    crf: options.Crf = None,
-    preset: options.Preset = None,
+    *,
+    encoding: options.Encoding,
     json: options.Json = False,
 ) -> None:
     """Go on with a video: its last frames, and those that might come next."""
@@ -119,12 +117,11 @@ def predict(
     with terminal.bar("steps") as progress:
         made = verb(clip, frames, method, prompt=prompt, weights=weights, steps=steps, guidance=guidance, seed=seed,
                     device=device, progress=progress)  # fmt: skip
-        _finish(made, output, zoom, codec, crf, preset, False, json)
+        _finish(made, output, zoom, encoding, False, json)
 
 
 def between(first: Path, last: Path, output: Path, method: str, weights: str | None, steps: int | None, seed: int,
-            device: str, zoom: int | None, codec: str, crf: int | None, preset: str | None,
-            json: bool) -> None:  # fmt: skip
+            device: str, zoom: int | None, encoding: options.Encoding, json: bool) -> None:  # fmt: skip
     """Make the frames between two pictures with a model that takes given frames."""
     from frameloom.cli import terminal
     from frameloom.tasks.generation import inbetween
@@ -133,7 +130,7 @@ def between(first: Path, last: Path, output: Path, method: str, weights: str | N
         clip = inbetween(picture(first), picture(last), method, weights=weights, steps=steps, seed=seed, device=device,
                          progress=progress)  # fmt: skip
         _told(clip, method, device)
-        _finish(clip, output, zoom, codec, crf, preset, False, json)
+        _finish(clip, output, zoom, encoding, False, json)
 
 
 def middle(first: Path, last: Path, output: Path, method: str, weights: str | None, steps: int | None, seed: int,
@@ -185,7 +182,7 @@ def _told(clip: "Clip", method: str, device: str) -> None:
         terminal.say(f"streamed: {streamed}")
 
 
-def _finish(clip: "Clip", output: Path, zoom: int | None, codec: str, crf, preset, resume: bool, json: bool) -> None:
+def _finish(clip: "Clip", output: Path, zoom: int | None, encoding: options.Encoding, resume: bool, json: bool) -> None:
     from frameloom.cli.verbs import finish
     from frameloom.errors import InputError
 
@@ -194,7 +191,7 @@ def _finish(clip: "Clip", output: Path, zoom: int | None, codec: str, crf, prese
         zoom = max(1, -(-VISIBLE // side)) if side < 128 else 1
     if zoom < 1:
         raise InputError(f"--zoom {zoom}: 1 or more")
-    finish(clip.enlarged(zoom), output, codec=codec, crf=crf, preset=preset, resume=resume, json=json,
+    finish(clip.enlarged(zoom), output, encoding, resume=resume, json=json,
            extra={"width": clip.info.width, "height": clip.info.height, "zoom": zoom})  # fmt: skip
 
 

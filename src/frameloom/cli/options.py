@@ -1,9 +1,16 @@
-"""Flags that mean the same in every verb."""
+"""Flags that mean the same in every verb, and two groups of them that a command takes as one parameter each."""
 
+import functools
+import inspect
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 from typer import Argument, Option
+
+if TYPE_CHECKING:
+    from frameloom.video.clip import Clip
 
 Input = Annotated[str, Argument(help="a video, a folder or glob of pictures, or a camera (/dev/video0)")]
 Output = Annotated[Path, Argument(help="the video to make: .mp4, .mkv, .webm, .mov or .avi")]
@@ -25,3 +32,51 @@ Range = Annotated[str | None, Option("--range", help="a part of the input, such 
 Rate = Annotated[str | None, Option(help="frames a second of a folder of pictures (24 if absent)")]
 Deinterlace = Annotated[bool, Option("--deinterlace", help="weave interlaced fields into whole frames")]
 KeepReadable = Annotated[bool, Option("--keep-readable", help="go on with the readable frames of a damaged file")]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Reading:
+    """How an input is read."""
+
+    stream: Stream = 0
+    range: Range = None
+    rate: Rate = None
+    deinterlace: Deinterlace = False
+    keep_readable: KeepReadable = False
+
+    def open(self, path: str) -> "Clip":
+        """The input, read so."""
+        from frameloom.video.reader import read
+
+        return read(path, **vars(self))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Encoding:
+    """How a video is written."""
+
+    codec: Codec = "h264"
+    crf: Crf = None
+    preset: Preset = None
+
+
+def grouped(command: Callable[..., None]) -> Callable[..., None]:
+    """A command for Typer: a parameter of type `Reading` or `Encoding` stands for the flags of its fields."""
+    flags: list[inspect.Parameter] = []
+    groups: dict[str, type] = {}
+    for name, parameter in inspect.signature(command, eval_str=True).parameters.items():
+        if parameter.annotation in (Reading, Encoding):
+            groups[name] = parameter.annotation
+            flags += inspect.signature(parameter.annotation, eval_str=True).parameters.values()
+        else:
+            flags.append(parameter.replace(kind=inspect.Parameter.KEYWORD_ONLY))
+
+    @functools.wraps(command)
+    def call(**given) -> None:
+        for name, kind in groups.items():
+            given[name] = kind(**{flag: given.pop(flag) for flag in inspect.signature(kind).parameters})
+        command(**given)
+
+    call.__signature__ = inspect.Signature(flags)
+    call.__annotations__ = {flag.name: flag.annotation for flag in flags}
+    return call

@@ -12,17 +12,19 @@ from frameloom.errors import InputError
 
 def register(app: typer.Typer) -> None:
     for command in (flow, interpolate, stabilize, live, compress, decompress, inspect, rd, run):
-        app.command()(command)
+        app.command()(options.grouped(command))
 
 
-def finish(clip, output: Path, *, codec: str, crf, preset, resume: bool, json: bool, extra: dict | None = None) -> None:
+def finish(
+    clip, output: Path, encoding: options.Encoding, *, resume: bool, json: bool, extra: dict | None = None
+) -> None:
     """Encode a lazy clip under a bar and say what came out."""
     from frameloom.cli import terminal
     from frameloom.video.writer import write
 
     begun = time.perf_counter()
     with terminal.bar() as progress:
-        write(clip, output, codec=codec, crf=crf, preset=preset, resume=resume, progress=progress)
+        write(clip, output, **vars(encoding), resume=resume, progress=progress)
     seconds = time.perf_counter() - begun
     report = getattr(clip.source, "report", None)
     facts = {"output": str(output), "frames": len(clip), "fps": str(clip.rate), "bytes": output.stat().st_size,
@@ -47,11 +49,8 @@ def flow(
     overwrite: Annotated[bool, typer.Option("--overwrite", help="replace a folder that is not empty")] = False,
     weights: options.Weights = None,
     device: options.Device = "cpu",
-    stream: options.Stream = 0,
-    range: options.Range = None,
-    rate: options.Rate = None,
-    deinterlace: options.Deinterlace = False,
-    keep_readable: options.KeepReadable = False,
+    *,
+    reading: options.Reading,
     json: options.Json = False,
 ) -> None:
     """Find the motion of every pixel from frame to frame: flow files, and a video of it in colours."""
@@ -59,11 +58,10 @@ def flow(
     from frameloom.cli import terminal
     from frameloom.tasks.flow import flow as verb
     from frameloom.tasks.flow.files import check
-    from frameloom.video.reader import read
 
     terminal.listen()
     check(folder, format, overwrite)
-    clip = read(input, stream=stream, range=range, rate=rate, deinterlace=deinterlace, keep_readable=keep_readable)
+    clip = reading.open(input)
     terminal.say(terminal.describe(clip, Path(input).name))
     name = chosen(method, "flow")
     made = verb(clip, name, bidirectional=bidirectional, weights=weights, tile=tile, device=device)
@@ -93,15 +91,10 @@ def interpolate(
     ] = None,
     steps: options.Steps = None,
     seed: options.Seed = 0,
-    codec: options.Codec = "h264",
-    crf: options.Crf = None,
-    preset: options.Preset = None,
+    *,
+    encoding: options.Encoding,
     resume: options.Resume = False,
-    stream: options.Stream = 0,
-    range: options.Range = None,
-    rate: options.Rate = None,
-    deinterlace: options.Deinterlace = False,
-    keep_readable: options.KeepReadable = False,
+    reading: options.Reading,
     json: options.Json = False,
 ) -> None:
     """Change the frame rate: pictures at instants nobody recorded, sound untouched.
@@ -113,7 +106,6 @@ def interpolate(
     from frameloom.cli import terminal
     from frameloom.errors import InputError
     from frameloom.tasks.interpolation import interpolate as verb
-    from frameloom.video.reader import read
 
     terminal.listen()
     name = chosen(method, "interpolate")
@@ -123,19 +115,19 @@ def interpolate(
         if out is None:
             raise InputError(f"--method {name}: makes the frames between two pictures: interpolate A.png B.png "
                              f"--method {name} -o OUT.mp4")  # fmt: skip
-        between(Path(input), output, out, name, weights, steps, seed, device, None, codec, crf, preset, json)
+        between(Path(input), output, out, name, weights, steps, seed, device, None, encoding, json)
         return
     if out is not None:
         from frameloom.cli.make import middle
 
         middle(Path(input), output, out, name, weights, steps, seed, device, json)
         return
-    clip = read(input, stream=stream, range=range, rate=rate, deinterlace=deinterlace, keep_readable=keep_readable)
+    clip = reading.open(input)
     terminal.say(terminal.describe(clip, Path(input).name))
     made = verb(clip, fps, name, slow=slow, weights=weights, device=device, tile=tile, dedupe=dedupe, strict=strict,
                 steps=steps, seed=seed)  # fmt: skip
     terminal.say(f"{name} on {device}, {len(clip):,} frames to {len(made):,}")
-    finish(made, output, codec=codec, crf=crf, preset=preset, resume=resume, json=json, extra={"method": name})
+    finish(made, output, encoding, resume=resume, json=json, extra={"method": name})
 
 
 def stabilize(
@@ -145,15 +137,10 @@ def stabilize(
     smoothness: Annotated[float, typer.Option(help="0 (as recorded) to 1; slow pans stay")] = 0.5,
     weights: options.Weights = None,
     device: options.Device = "cpu",
-    codec: options.Codec = "h264",
-    crf: options.Crf = None,
-    preset: options.Preset = None,
+    *,
+    encoding: options.Encoding,
     resume: options.Resume = False,
-    stream: options.Stream = 0,
-    range: options.Range = None,
-    rate: options.Rate = None,
-    deinterlace: options.Deinterlace = False,
-    keep_readable: options.KeepReadable = False,
+    reading: options.Reading,
     json: options.Json = False,
 ) -> None:
     """Take the shake out of a handheld video; with fast-stab the whole field of view stays."""
@@ -161,11 +148,10 @@ def stabilize(
     from frameloom.cli import terminal
     from frameloom.tasks.stabilization import stabilize as verb
     from frameloom.tasks.stabilization.base import StabilizedSource
-    from frameloom.video.reader import read
     from frameloom.video.writer import check_output
 
     terminal.listen()
-    clip = read(input, stream=stream, range=range, rate=rate, deinterlace=deinterlace, keep_readable=keep_readable)
+    clip = reading.open(input)
     terminal.say(terminal.describe(clip, Path(input).name))
     name = chosen(method, "stabilize")
     made = verb(clip, name, smoothness, weights=weights, device=device)
@@ -178,7 +164,7 @@ def stabilize(
         steady = f", {report.still} of them left as they are" if report.still else ""
         rounds = ", ".join(f"{value:.1f}" for value in report.residuals)
         terminal.say(f"{name} on {device}, {shots}{steady}; corrections of {rounds or 'no'} pixels, round by round")
-    finish(made, output, codec=codec, crf=crf, preset=preset, resume=resume, json=json, extra={"method": name})
+    finish(made, output, encoding, resume=resume, json=json, extra={"method": name})
 
 
 def live(
@@ -203,15 +189,10 @@ def live(
     weights: options.Weights = None,
     seed: options.Seed = 0,
     device: options.Device = "cpu",
-    codec: options.Codec = "h264",
-    crf: options.Crf = None,
-    preset: options.Preset = None,
+    *,
+    encoding: options.Encoding,
     resume: options.Resume = False,
-    stream: options.Stream = 0,
-    range: options.Range = None,
-    rate: options.Rate = None,
-    deinterlace: options.Deinterlace = False,
-    keep_readable: options.KeepReadable = False,
+    reading: options.Reading,
     json: options.Json = False,
 ) -> None:
     """Restyle a video by words as it comes, frame by frame, in a few steps."""
@@ -220,13 +201,12 @@ def live(
     from frameloom.cli.chain import parse_numbers, parse_prompts
     from frameloom.errors import InputError
     from frameloom.tasks.editing import live as verb
-    from frameloom.video.reader import read
     from frameloom.video.writer import check_output
 
     terminal.listen()
     if drop and resume:
         raise InputError("--resume: what --drop leaves out depends on the clock; such a run cannot be taken up again")
-    clip = read(input, stream=stream, range=range, rate=rate, deinterlace=deinterlace, keep_readable=keep_readable)
+    clip = reading.open(input)
     terminal.say(terminal.describe(clip, Path(input).name))
     name = chosen(method, "live")
     made = verb(clip, parse_prompts(prompt, then or []), name, t_index=parse_numbers(t_index, "--t-index"),
@@ -238,7 +218,7 @@ def live(
     taken = ",".join(map(str, source.live.settings.t_index))
     terminal.say(f"{name} with {source.live.model.name} on {device}, steps {taken} of 50, guidance {guidance}, "
                  f"{source.live.delay} frames behind, {made.info.width}x{made.info.height}")  # fmt: skip
-    finish(made, output, codec=codec, crf=crf, preset=preset, resume=resume, json=json, extra={"method": name})
+    finish(made, output, encoding, resume=resume, json=json, extra={"method": name})
     report = source.report
     spared = f", {report.skipped} skipped, {report.dropped} dropped" if report.skipped or report.dropped else ""
     terminal.say(f"{report.live_fps:g} frames a second, {report.launches} launches, {report.evaluations} evaluations"
@@ -264,22 +244,18 @@ def compress(
     resume: options.Resume = False,
     seed: options.Seed = 0,
     device: options.Device = "cpu",
-    stream: options.Stream = 0,
-    range: options.Range = None,
-    rate: options.Rate = None,
-    deinterlace: options.Deinterlace = False,
-    keep_readable: options.KeepReadable = False,
+    *,
+    reading: options.Reading,
     json: options.Json = False,
 ) -> None:
     """Store a video in one .flm file, by a neural codec or a conventional one."""
     from frameloom.cli import terminal
     from frameloom.cli.chain import parse_numbers, parse_settings, parse_size
     from frameloom.tasks.compression import compress as verb
-    from frameloom.video.reader import read
     from frameloom.video.writer import check_target
 
     terminal.listen()
-    clip = read(input, stream=stream, range=range, rate=rate, deinterlace=deinterlace, keep_readable=keep_readable)
+    clip = reading.open(input)
     check_target(output, clip.source.inputs())
     terminal.say(terminal.describe(clip, Path(input).name))
     own = {"epochs": epochs, "minutes": minutes, "base": base, "strides": parse_numbers(strides, "--strides"),
@@ -300,9 +276,8 @@ def decompress(
     frames: Annotated[str | None, typer.Option(help="only these, in this order: 17, 10:40, 0,10:20")] = None,
     region: Annotated[str | None, typer.Option(help="only this part of every frame: x,y,width,height")] = None,
     weights: options.Weights = None,
-    codec: options.Codec = "h264",
-    crf: options.Crf = None,
-    preset: options.Preset = None,
+    *,
+    encoding: options.Encoding,
     resume: options.Resume = False,
     json: options.Json = False,
 ) -> None:
@@ -316,7 +291,7 @@ def decompress(
     terminal.say(terminal.describe(clip, input.name))
     if frames is not None:
         clip = verb(input, parse_frames(frames, len(clip)), parse_region(region), weights)
-    finish(clip, output, codec=codec, crf=crf, preset=preset, resume=resume, json=json)
+    finish(clip, output, encoding, resume=resume, json=json)
 
 
 def inspect(
@@ -347,11 +322,8 @@ def rd(
     epochs: Annotated[int | None, typer.Option(help="of every fit of a network")] = None,
     seed: options.Seed = 0,
     device: options.Device = "cpu",
-    stream: options.Stream = 0,
-    range: options.Range = None,
-    rate: options.Rate = None,
-    deinterlace: options.Deinterlace = False,
-    keep_readable: options.KeepReadable = False,
+    *,
+    reading: options.Reading,
     json: options.Json = False,
 ) -> None:
     """Compare codecs on a video at the same sizes: curves of PSNR and MS-SSIM, BD-rate, times."""
@@ -359,10 +331,9 @@ def rd(
     from frameloom.cli.chain import parse_bits
     from frameloom.tasks.compression.base import write_whole
     from frameloom.tasks.compression.rd import against, page, rate_distortion, report
-    from frameloom.video.reader import read
 
     terminal.listen()
-    clip = read(input, stream=stream, range=range, rate=rate, deinterlace=deinterlace, keep_readable=keep_readable)
+    clip = reading.open(input)
     if output.suffix != ".html" or not output.parent.is_dir():
         raise InputError(f"{output}: the page is an .html file in a folder that is there")
     terminal.say(terminal.describe(clip, Path(input).name))
@@ -387,15 +358,10 @@ def run(
     input: options.Input,
     output: Annotated[Path, typer.Argument(help="a video, or a .flm file if the last verb is compress")],
     do: Annotated[str, typer.Option(help='verbs in a chain, such as "interpolate 60fps | compress hnerv"')],
-    codec: options.Codec = "h264",
-    crf: options.Crf = None,
-    preset: options.Preset = None,
+    *,
+    encoding: options.Encoding,
     resume: options.Resume = False,
-    stream: options.Stream = 0,
-    range: options.Range = None,
-    rate: options.Rate = None,
-    deinterlace: options.Deinterlace = False,
-    keep_readable: options.KeepReadable = False,
+    reading: options.Reading,
     json: options.Json = False,
 ) -> None:
     """Apply several verbs in one go, window by window, with nothing in between on disk.
@@ -405,12 +371,11 @@ def run(
     """
     from frameloom.cli import terminal
     from frameloom.cli.chain import apply, parse
-    from frameloom.video.reader import read
     from frameloom.video.writer import check_output, check_target
 
     terminal.listen()
     steps = parse(do)
-    clip = read(input, stream=stream, range=range, rate=rate, deinterlace=deinterlace, keep_readable=keep_readable)
+    clip = reading.open(input)
     as_file = output.suffix == ".flm"
     if as_file:
         check_target(output, clip.source.inputs())
@@ -420,7 +385,7 @@ def run(
     with terminal.bar("steps") as progress:
         made = apply(clip, steps, output if as_file else None, progress)
     if made is not None:
-        finish(made, output, codec=codec, crf=crf, preset=preset, resume=resume, json=json, extra={"do": do})
+        finish(made, output, encoding, resume=resume, json=json, extra={"do": do})
     elif json:
         terminal.emit({"output": str(output), "bytes": output.stat().st_size, "do": do})
     else:

@@ -21,7 +21,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -40,6 +40,7 @@ from frameloom.tasks.compression.sem_coder import LatentCoder, checksum, tables_
 from frameloom.tasks.compression.sem_network import HYPER_STRIDE, Autoencoder, EntropyModel
 from frameloom.training.pretrained import digest, load
 from frameloom.training.recipe import Recipe
+from frameloom.training.sizes import Sized
 from frameloom.video.clip import Clip
 
 GOP, MAX_GOP = 12, 1 << 10
@@ -91,10 +92,11 @@ RECIPES = {
 CROPS = {"tiny": 64, "paper": 256}
 
 
-class SEM(SectionedCodec, nn.Module):
+class SEM(Sized, SectionedCodec, nn.Module):
     """An autoencoder, and the models of its integers: `intra` for first frames, `inter` for the others."""
 
-    method: ClassVar[str] = "sem"
+    id = method = "sem"
+    presets, recipes = PRESETS, RECIPES
 
     def __init__(self, config: Config) -> None:
         super().__init__()
@@ -104,18 +106,9 @@ class SEM(SectionedCodec, nn.Module):
         self.inter = EntropyModel(config.widths[-1], config.hidden, temporal=True)
 
     @classmethod
-    def preset(cls, size: str) -> Config:
-        """`tiny`: stride 8, 6 points of rate. `paper`: stride 16, 10 points."""
-        return PRESETS[size]
-
-    @classmethod
-    def recipe(cls, size: str) -> Stages:
-        """How a size is trained."""
-        return RECIPES[size]
-
-    @classmethod
     def dataset(cls, source: str, size: str, seed: int) -> Pairs:
         """What a size learns from; `source` is `world`."""
+        cls.preset(size)
         return pairs(source, CROPS[size], seed)
 
     def loss(self, batch: dict[str, Tensor]) -> Float[Tensor, ""]:

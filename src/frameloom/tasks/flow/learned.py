@@ -4,12 +4,11 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, ClassVar
 
-from frameloom.errors import InputError
-from frameloom.motion.config import RaftConfig
 from frameloom.motion.raft import RaftCore
 from frameloom.tasks.flow.data import FlowBatches, batches
 from frameloom.tasks.flow.published import fill, plain
 from frameloom.training.recipe import Recipe
+from frameloom.training.sizes import Sized
 
 # What a core can train in a quarter of an hour. Stride 4: at this budget finer cells are worth more than width.
 SMALL: dict[str, Any] = {
@@ -26,23 +25,11 @@ PAPER_RECIPE = Recipe(steps=100_000, batch_size=8, lr=2.5e-4, warmup=5000, weigh
 SMALL_CROP, CROP = (64, 96), (432, 960)
 
 
-class Learned:
+class Learned(Sized):
     """A network with sizes. A method says its `id`, its `presets` and, where they differ, the rest."""
 
-    id: ClassVar[str]
-    presets: ClassVar[dict[str, RaftConfig]]
     tiny_recipe: ClassVar[Recipe] = RECIPE
     paper_recipe: ClassVar[Recipe] = PAPER_RECIPE
-
-    @classmethod
-    def preset(cls, size: str) -> RaftConfig:
-        """The configuration of a size: `tiny` (a quarter of an hour of a core), `paper`, or one that the method adds.
-
-        Raises InputError for one that there is not.
-        """
-        if size not in cls.presets:
-            raise InputError(f"--size {size}: no such size of {cls.id}; there are {', '.join(cls.presets)}")
-        return cls.presets[size]
 
     @classmethod
     def recipe(cls, size: str) -> Recipe:

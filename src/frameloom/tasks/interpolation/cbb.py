@@ -49,6 +49,7 @@ from frameloom.motion.dis import flows_both_ways, warped_pair
 from frameloom.motion.warp import backward_warp
 from frameloom.tasks.interpolation.triplets import Curriculum, Triplets
 from frameloom.training.recipe import Recipe
+from frameloom.training.sizes import Sized
 
 LEAST = 64
 STEPS = 50
@@ -308,9 +309,10 @@ class _Bounded(Edit):
         return Prediction.from_x0(ctx.path, x, t, p.x0.clamp(-BOUND, BOUND))
 
 
-class CBB(nn.Module):
+class CBB(Sized, nn.Module):
     """The whole method. `steps`, `seed` and `eta` say how `between` samples: `eta` 1 as published, 0 without noise."""
 
+    id, presets, recipes = "cbb", PRESETS, RECIPES
     fixed_t = True
     tile = None
 
@@ -329,24 +331,10 @@ class CBB(nn.Module):
         )  # fmt: skip
 
     @classmethod
-    def preset(cls, size: str) -> Config:
-        """`tiny` (two cores) or `paper`."""
-        if size not in PRESETS:
-            raise InputError(f"--size {size}: no such size of cbb; there are {', '.join(PRESETS)}")
-        return PRESETS[size]
-
-    @classmethod
-    def recipe(cls, size: str) -> Recipe:
-        """How a size is trained."""
-        cls.preset(size)
-        return RECIPES[size]
-
-    @classmethod
     def dataset(cls, source: str, size: str, seed: int) -> AlignedTriplets:
         """Triplets of `source` (`world`) at the crop of `size`, with motion that grows over the run."""
         cls.preset(size)
-        if source != "world":
-            raise InputError(f"--data {source}: cbb trains on world; give --data world")
+        cls.needs_world(source)
         return AlignedTriplets(CROPS[size], seed, Curriculum(start=CROPS[size] / 12, end=CROPS[size] / 3))
 
     def sampling(self, steps: int | None = None, seed: int = 0) -> None:

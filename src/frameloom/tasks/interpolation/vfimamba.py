@@ -32,6 +32,7 @@ from frameloom.layers.synthesis import ConvBlock, LocalBlock, Refinement, conv_p
 from frameloom.motion.warp import backward_warp
 from frameloom.tasks.interpolation.triplets import Curriculum, Triplets
 from frameloom.training.recipe import Recipe
+from frameloom.training.sizes import Sized
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -267,9 +268,10 @@ def _both(pair: Tensor, flow: Tensor) -> Tensor:
     return torch.cat(warped.chunk(2), dim=1)
 
 
-class VFIMamba(nn.Module):
+class VFIMamba(Sized, nn.Module):
     """The network. Submodules have the names that they have in the published weights."""
 
+    id, presets, recipes = "vfimamba", PRESETS, RECIPES
     tile = None
 
     def __init__(self, config: Config):
@@ -295,24 +297,10 @@ class VFIMamba(nn.Module):
         nn.init.zeros_(self.unet.conv.weight)
 
     @classmethod
-    def preset(cls, size: str) -> Config:
-        """`tiny` (two cores), `small` (VFIMamba-S) or `paper` (VFIMamba)."""
-        if size not in PRESETS:
-            raise InputError(f"--size {size}: no such size of vfimamba; there are {', '.join(PRESETS)}")
-        return PRESETS[size]
-
-    @classmethod
-    def recipe(cls, size: str) -> Recipe:
-        """How a size is trained; `tiny` takes under an hour of two cores, rendering included."""
-        cls.preset(size)
-        return RECIPES[size]
-
-    @classmethod
     def dataset(cls, source: str, size: str, seed: int) -> Triplets:
         """Triplets of `source` (`world`) at the crop of `size`, with motion that grows over the run."""
         cls.preset(size)
-        if source != "world":
-            raise InputError(f"--data {source}: vfimamba trains on world; give --data world")
+        cls.needs_world(source)
         return Triplets(CROPS[size], seed, Curriculum(start=CROPS[size] / 24, end=CROPS[size] / 6))
 
     @property

@@ -28,7 +28,6 @@ from scipy.sparse import coo_matrix, diags, eye, kron
 from scipy.sparse.linalg import splu
 from torch import Tensor, nn
 
-from frameloom.errors import InputError
 from frameloom.motion.consistency import confidence
 from frameloom.motion.similarity import (
     fit_similarity,
@@ -42,6 +41,7 @@ from frameloom.motion.similarity import (
 from frameloom.motion.warp import backward_warp
 from frameloom.tasks.stabilization.base import dis
 from frameloom.training.recipe import Recipe
+from frameloom.training.sizes import Sized
 
 REST, SLOW, ROUNDS = 0.5, 0.95, 5  # of the fixed point: pixels, ratio of two rounds, rounds at most
 ALIKE = 0.1  # brightness by which a pixel may change between two frames
@@ -132,8 +132,10 @@ def _sized(x: Tensor, size) -> Tensor:
     return F.interpolate(x, size=tuple(size), mode="bilinear", align_corners=False)
 
 
-class FastStab(nn.Module):
+class FastStab(Sized, nn.Module):
     """The stabiliser; its parameters are those of the two outpainting networks. `flow` is its estimator of flow."""
+
+    id, presets, recipes = "fast-stab", PRESETS, RECIPES
 
     def __init__(self, config: Config):
         super().__init__()
@@ -142,24 +144,10 @@ class FastStab(nn.Module):
         self.high = Hourglass(5, config.width, Residual, pool=7)
 
     @classmethod
-    def preset(cls, size: str) -> Config:
-        """Its sizes: `tiny`, `paper`. Raises InputError for another name."""
-        if size not in PRESETS:
-            raise InputError(f"--size {size}: fast-stab comes in {', '.join(PRESETS)}")
-        return PRESETS[size]
-
-    @classmethod
-    def recipe(cls, size: str) -> Recipe:
-        """How a size is trained."""
-        cls.preset(size)
-        return RECIPES[size]
-
-    @classmethod
     def dataset(cls, source: str, size: str, seed: int) -> "Fields":
         """Training data; only the synthetic world has exact flow outside a picture."""
-        if source != "world":
-            raise InputError(f"--data {source}: fast-stab learns from exact flow beyond a picture's edge; use world")
         cls.preset(size)
+        cls.needs_world(source, "exact flow beyond a picture's edge")
         return Fields(seed)
 
     def stages(

@@ -40,6 +40,7 @@ from frameloom.layers.patches import PatchPCA
 from frameloom.scale.moe import MoE, auxiliary
 from frameloom.scale.partition import Part
 from frameloom.training.recipe import Recipe
+from frameloom.training.sizes import Sized
 from frameloom.world import VOCABULARY
 
 log = logging.getLogger("frameloom")
@@ -94,6 +95,13 @@ TINY = Config(width=192, depth=6, heads=6, channels=128, frames=16, side=2, text
 # The 8.7 billion of the paper: 46 blocks, 3072 wide, on the latents of a separate autoencoder.
 PAPER = Config(width=3072, depth=46, heads=48, channels=8, patch=2, frames=20, side=64, text_width=1280,
                mask_ratio=0.5)  # fmt: skip
+PRESETS = {"tiny": TINY, "paper": PAPER}
+RECIPES = {
+    "tiny": Recipe(steps=8000, batch_size=24, lr=2e-3, muon=0.02, warmup=200, hold=0.5, ema=0.998, bf16=True,
+                   weight_decay=0.0),
+    # The paper's; AdaFactor's place is taken by AdamW.
+    "paper": Recipe(steps=400_000, batch_size=1024, lr=2e-4, final_lr=2e-4, warmup=1000, ema=0.9999, bf16=True),
+}  # fmt: skip
 
 
 def _norm(x: Tensor) -> Tensor:
@@ -169,9 +177,10 @@ class Singleton(nn.Module):
         return sum(_norm(part) for part in parts)
 
 
-class STIV(nn.Module):
+class STIV(Sized, nn.Module):
     """Text, picture or frames to video, through latents `(b, t, c, h, w)`."""
 
+    id, presets, recipes = "stiv", PRESETS, RECIPES
     path = Flow()
 
     def __init__(self, config: Config) -> None:
@@ -359,17 +368,6 @@ class STIV(nn.Module):
         return made
 
     # --- training --------------------------------------------------------------------------------------------------
-
-    @classmethod
-    def preset(cls, size: str) -> Config:
-        return {"tiny": TINY, "paper": PAPER}[size]
-
-    @classmethod
-    def recipe(cls, size: str) -> Recipe:
-        if size == "paper":  # the paper's: AdaFactor's place is taken by AdamW
-            return Recipe(steps=400_000, batch_size=1024, lr=2e-4, final_lr=2e-4, warmup=1000, ema=0.9999, bf16=True)
-        return Recipe(steps=8000, batch_size=24, lr=2e-3, muon=0.02, warmup=200, hold=0.5, ema=0.998, bf16=True,
-                      weight_decay=0.0)  # fmt: skip
 
     @classmethod
     def dataset(cls, source: str, size: str, seed: int):
