@@ -17,7 +17,8 @@ from frameloom.diffusion.step import Fresh, Universal, ancestral_share
 from frameloom.errors import InputError
 from frameloom.motion.dis import pixels
 from frameloom.tasks.interpolation import interpolate
-from frameloom.tasks.interpolation.cbb import CBB, PRESETS, Codebook, WindowAttention, aligned
+from frameloom.tasks.interpolation.cbb import CBB, PRESETS, aligned
+from frameloom.tasks.interpolation.cbb_autoencoder import Codebook, WindowAttention
 from frameloom.training.pretrained import load
 from frameloom.video.clip import Clip
 
@@ -484,7 +485,7 @@ def test_two_pictures_on_the_command_line_give_the_one_between(tmp_path):
 def test_sizes_are_known():
     with pytest.raises(InputError, match="there are tiny, paper"):
         CBB.preset("huge")
-    with pytest.raises(InputError, match="--data vimeo: cbb trains on world"):
+    with pytest.raises(InputError, match="--data vimeo: cbb learns from world"):
         CBB.dataset("vimeo", "tiny", 0)
     paper = PRESETS["paper"]
     assert paper.stride == 32

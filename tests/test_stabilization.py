@@ -26,8 +26,10 @@ from frameloom.motion.similarity import (
 )
 from frameloom.tasks.stabilization import stabilize
 from frameloom.tasks.stabilization.base import StabilizedSource
-from frameloom.tasks.stabilization.fast_stab import FastStab, Fields, settle, solve_fields
+from frameloom.tasks.stabilization.fast_stab import FastStab, settle
+from frameloom.tasks.stabilization.outpainting import Fields
 from frameloom.tasks.stabilization.similarity import Similarity
+from frameloom.tasks.stabilization.warps import solve_fields
 from frameloom.training import load
 from frameloom.video.clip import Clip
 from frameloom.world import WorldDataset
@@ -103,18 +105,19 @@ def test_the_path_comes_to_rest_and_stays_there():
 
 
 def test_warp_fields_contract_and_leave_an_even_pan_alone():
-    config = FastStab.preset("tiny")
+    tiny = FastStab.preset("tiny")
+    nodes = {"grid": tiny.grid, "spread": tiny.spread, "hold": tiny.hold}
     rng = np.random.default_rng(0)
     points = rng.uniform((0, 0), (127, 95), (200, 2))
     trust = np.ones(200)
     even = [(points - 1.0, points, points + 1.0, trust)] * 10
-    field, _ = solve_fields(even, SIZE, config)
+    field, _ = solve_fields(even, SIZE, **nodes)
     assert np.abs(field).max() < 1e-9
     jitter = np.concatenate([[0], rng.normal(0, 1, 10), [0]])
     # The left half shakes, the right half does not: no similarity undoes that.
     left = (points[:, :1] < 64) * np.array([[1.0, 0.0]])
     tracks = [tuple(points + left * jitter[t + d] for d in (-1, 0, 1)) + (trust,) for t in range(1, 11)]
-    field, changes = solve_fields(tracks, SIZE, config, rounds=4)
+    field, changes = solve_fields(tracks, SIZE, **nodes, rounds=4)
     assert all(after < 0.8 * before for before, after in itertools.pairwise(changes))
     moved = field.reshape(12, 10, 10, 2)
     assert np.corrcoef(moved[:, 5, 1, 0], -jitter)[0, 1] > 0.9

@@ -266,7 +266,7 @@ def test_curriculum_raises_motion_to_its_end():
 
 def test_recipes_exist_for_every_size_and_other_data_is_refused():
     assert {VFIMamba.recipe(size).final_lr for size in PRESETS} == {2e-5}
-    with pytest.raises(InputError, match="--data kitti: vfimamba trains on world"):
+    with pytest.raises(InputError, match="--data kitti: vfimamba learns from world"):
         VFIMamba.dataset("kitti", "tiny", 0)
 
 

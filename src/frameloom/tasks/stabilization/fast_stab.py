@@ -23,9 +23,7 @@ import cv2
 import numpy as np
 import torch
 import torch.nn.functional as F
-from jaxtyping import Bool, Float
-from scipy.sparse import coo_matrix, diags, eye, kron
-from scipy.sparse.linalg import splu
+from jaxtyping import Float
 from torch import Tensor, nn
 
 from frameloom.motion.consistency import confidence
@@ -40,6 +38,9 @@ from frameloom.motion.similarity import (
 )
 from frameloom.motion.warp import backward_warp
 from frameloom.tasks.stabilization.base import dis
+from frameloom.tasks.stabilization.outpainting import Fields, Gated, Hourglass, Residual, sized
+from frameloom.tasks.stabilization.places import apply, array, enlarged, inside, lattice, sample
+from frameloom.tasks.stabilization.warps import solve_fields
 from frameloom.training.recipe import Recipe
 from frameloom.training.sizes import Sized
 
@@ -73,65 +74,6 @@ RECIPES = {
 }
 
 
-class Gated(nn.Module):
-    """A convolution that says where it counts: elu(a) * sigmoid(b)."""
-
-    def __init__(self, inputs: int, outputs: int):
-        super().__init__()
-        self.conv = nn.Conv2d(inputs, 2 * outputs, 3, padding=1)
-
-    def forward(self, x: Float[Tensor, "b c h w"]) -> Float[Tensor, "b d h w"]:
-        value, gate = self.conv(x).chunk(2, 1)
-        return F.elu(value) * torch.sigmoid(gate)
-
-
-class Residual(nn.Module):
-    """Two normalised convolutions beside a 1x1 skip."""
-
-    def __init__(self, inputs: int, outputs: int):
-        super().__init__()
-        self.body = nn.Sequential(
-            nn.Conv2d(inputs, outputs, 3, padding=1), nn.BatchNorm2d(outputs), nn.ReLU(),
-            nn.Conv2d(outputs, outputs, 3, padding=1), nn.BatchNorm2d(outputs),
-        )  # fmt: skip
-        self.skip = nn.Conv2d(inputs, outputs, 1)
-
-    def forward(self, x: Float[Tensor, "b c h w"]) -> Float[Tensor, "b d h w"]:
-        return F.relu(self.body(x) + self.skip(x))
-
-
-class Hourglass(nn.Module):
-    """Three levels down by max-pooling, three up with skips, a 5x5 convolution to a flow."""
-
-    def __init__(self, inputs: int, width: int, block: type[nn.Module], pool: int):
-        super().__init__()
-        c = width
-        self.down = nn.ModuleList([block(inputs, c), block(c, 2 * c), block(2 * c, 4 * c)])
-        self.middle = block(4 * c, 4 * c)
-        self.up = nn.ModuleList([block(8 * c, 2 * c), block(4 * c, 2 * c), block(3 * c, 2 * c)])
-        self.pool = nn.MaxPool2d(pool, 2, pool // 2)
-        self.head = nn.Conv2d(2 * c, 2, 5, padding=2)
-        # Training starts from the similarity alone, which is what a flow of zero means here.
-        nn.init.zeros_(self.head.weight)
-        nn.init.zeros_(self.head.bias)
-
-    def forward(self, x: Float[Tensor, "b c h w"]) -> Float[Tensor, "b 2 h w"]:
-        skips = []
-        for block in self.down:
-            x = block(x)
-            skips.append(x)
-            x = self.pool(x)
-        x = self.middle(x)
-        for block in self.up:
-            skip = skips.pop()
-            x = block(torch.cat([_sized(x, skip.shape[-2:]), skip], 1))
-        return self.head(x)
-
-
-def _sized(x: Tensor, size) -> Tensor:
-    return F.interpolate(x, size=tuple(size), mode="bilinear", align_corners=False)
-
-
 class FastStab(Sized, nn.Module):
     """The stabiliser; its parameters are those of the two outpainting networks. `flow` is its estimator of flow."""
 
@@ -144,7 +86,7 @@ class FastStab(Sized, nn.Module):
         self.high = Hourglass(5, config.width, Residual, pool=7)
 
     @classmethod
-    def dataset(cls, source: str, size: str, seed: int) -> "Fields":
+    def dataset(cls, source: str, size: str, seed: int) -> Fields:
         """Training data; only the synthetic world has exact flow outside a picture."""
         cls.preset(size)
         cls.needs_world(source, "exact flow beyond a picture's edge")
@@ -157,7 +99,7 @@ class FastStab(Sized, nn.Module):
         seen = flow * known
         unit = (seen.square().sum((1, 2, 3)) / known.sum((1, 2, 3)).clamp(min=1)).sqrt()[:, None, None, None] + 0.1
         given = torch.cat([seen / unit, known], 1)
-        low = _sized(self.low(_sized(given, (32, 64))), flow.shape[-2:])
+        low = sized(self.low(sized(given, (32, 64))), flow.shape[-2:])
         return low, low + self.high(torch.cat([low, given], 1)), unit
 
     def outpaint(self, flow: Float[Tensor, "b 2 h w"], known: Float[Tensor, "b 1 h w"]) -> Float[Tensor, "b 2 h w"]:
@@ -231,67 +173,6 @@ def settle(
     return path, residuals
 
 
-def node_weights(points: Float[np.ndarray, "n 2"], size: tuple[int, int], grid: int):
-    """The four nodes of a grid over a picture of `size` around each point, and their bilinear shares, `(n, 4)`."""
-    at = np.clip(points / (size[1] - 1, size[0] - 1), 0, 1) * (grid - 1)
-    low = np.minimum(at.astype(int), grid - 2)
-    part = at - low
-    corners, shares = [], []
-    for dy in (0, 1):
-        for dx in (0, 1):
-            corners.append((low[:, 1] + dy) * grid + low[:, 0] + dx)
-            shares.append(np.abs(1 - dx - part[:, 0]) * np.abs(1 - dy - part[:, 1]))
-    return np.stack(corners, 1), np.stack(shares, 1)
-
-
-def solve_fields(
-    tracks: list[tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]],
-    size: tuple[int, int],
-    config: Config,
-    rounds: int = 2,
-) -> tuple[Float[np.ndarray, "t g2 2"], list[float]]:
-    """The warp fields (displacements of the nodes, pixels) under which what is seen accelerates least.
-
-    `tracks`: for each frame but the first and the last, where points are in the frame before, in it and in the frame
-    after, `(n, 2)` each, after the coarse stage, and how far each is believed, `(n,)`. Fields of the first and the last
-    frame are zero. Every further round solves again at the places that the one before led to, with less belief in
-    points that still accelerate: they move by themselves. Also returns the mean change of every round in pixels.
-    """
-    frames, nodes = len(tracks) + 2, config.grid**2
-    steps = diags([-1.0, 1.0], [0, 1], shape=(config.grid - 1, config.grid))
-    along = steps.T @ steps
-    even = kron(along, eye(config.grid)) + kron(eye(config.grid), along)
-    keep = kron(eye(frames), config.spread * even / config.grid + config.hold / nodes * eye(nodes)).tocsr()
-    inner = slice(nodes, (frames - 1) * nodes)
-    field, changes = np.zeros((frames, nodes, 2)), []
-    for _ in range(rounds):
-        rows, columns, values, target, weight = [], [], [], [], []
-        count = 0
-        for t, (before, here, after, trust) in enumerate(tracks, 1):
-            own = np.arange(count, count + len(here))
-            still = before - 2 * here + after
-            bent = still.copy()
-            for frame, places, factor in ((t - 1, before, 1), (t, here, -2), (t + 1, after, 1)):
-                corners, shares = node_weights(places, size, config.grid)
-                rows.append(np.repeat(own, 4))
-                columns.append((frame * nodes + corners).ravel())
-                values.append((factor * shares).ravel())
-                bent += factor * (shares[..., None] * field[frame][corners]).sum(1)
-            target.append(-still)
-            weight.append(trust / (1 + np.square(bent).sum(1)) ** 2 / max(trust.sum(), len(trust) / 20))
-            count += len(here)
-        rows, columns, values = np.concatenate(rows), np.concatenate(columns), np.concatenate(values)
-        system = coo_matrix((values, (rows, columns)), shape=(count, frames * nodes)).tocsr()
-        weighted = diags(np.concatenate(weight)) @ system
-        normal = (system.T @ weighted + keep)[inner, inner].tocsc()
-        answer = splu(normal).solve((weighted.T @ np.concatenate(target))[inner])
-        after = np.zeros_like(field)
-        after[1:-1] = answer.reshape(frames - 2, nodes, 2)
-        changes.append(float(np.linalg.norm(after - field, axis=-1).mean()))
-        field = after
-    return field, changes
-
-
 class FastShot:
     """Frames between two cuts: their path, their warp fields as they are needed, and the frames drawn by both."""
 
@@ -315,10 +196,10 @@ class FastShot:
         for old in [start for start in self._fields if not -config.window <= start - k <= config.window]:
             del self._fields[old]
         places = self.places(k, pictures)
-        full = _enlarged(places, self._place(k, pictures), self.size)
-        made, inside = _sample(_array(pictures(k)), full), _inside(full, self.size)
-        if not inside.all():
-            made = self._filled(k, pictures, places, made, inside)
+        full = enlarged(places, self._place(k, pictures), self.size)
+        made, seen = sample(array(pictures(k)), full), inside(full, self.size)
+        if not seen.all():
+            made = self._filled(k, pictures, places, made, seen)
         return torch.from_numpy(made).permute(2, 0, 1)
 
     def field(self, k: int, pictures) -> Float[np.ndarray, "g2 2"]:
@@ -332,7 +213,9 @@ class FastShot:
                 continue
             if start not in self._fields:
                 tracks = [self._tracks(t, pictures) for t in range(start + 1, stop - 1)]
-                self._fields[start], _ = solve_fields(tracks, self._place(k, pictures), config)
+                self._fields[start], _ = solve_fields(
+                    tracks, self._place(k, pictures), grid=config.grid, spread=config.spread, hold=config.hold
+                )
             share = min(k - start if start else hop, stop - 1 - k if stop < count else hop, hop) + 1e-6
             total, weight = total + share * self._fields[start][k - start], weight + share
         return total / weight if weight else np.zeros((config.grid**2, 2))
@@ -341,53 +224,53 @@ class FastShot:
         """For every pixel of the steady frame, at the size of the flow, its place in the recorded frame k."""
         size, grid = self._place(k, pictures), self.model.config.grid
         field = self.field(k, pictures).astype(np.float32).reshape(grid, grid, 2)
-        pixels = _lattice(size)
+        pixels = lattice(size)
 
         def bend(at: np.ndarray) -> np.ndarray:
             scaled = at * np.float32([(grid - 1) / (size[1] - 1), (grid - 1) / (size[0] - 1)])
             return cv2.remap(field, scaled, None, cv2.INTER_LINEAR, borderMode=cv2.BORDER_REPLICATE)
 
         unbent = pixels - bend(pixels - bend(pixels))
-        return _apply(np.linalg.inv(self._matrix(self.correction[k], size)), unbent)
+        return apply(np.linalg.inv(self._matrix(self.correction[k], size)), unbent)
 
-    def _filled(self, k: int, pictures, places: np.ndarray, made: np.ndarray, inside: np.ndarray) -> np.ndarray:
+    def _filled(self, k: int, pictures, places: np.ndarray, made: np.ndarray, seen: np.ndarray) -> np.ndarray:
         """The picture with what lies outside frame k taken from its neighbours, nearest first."""
         size = self._place(k, pictures)
-        edge = cv2.distanceTransform(inside.astype(np.uint8), cv2.DIST_L2, 5)
+        edge = cv2.distanceTransform(seen.astype(np.uint8), cv2.DIST_L2, 5)
         wanted = edge < FEATHER
-        layer, covered = np.zeros_like(made), np.zeros(inside.shape, bool)
-        hole = ~_inside(places, size)
+        layer, covered = np.zeros_like(made), np.zeros(seen.shape, bool)
+        hole = ~inside(places, size)
         for distance in DISTANCES:
             for j in (k - distance, k + distance):
                 if not 0 <= j < len(self.path) or not (wanted & ~covered).any():
                     continue
                 # Is anything of what is missing in that frame at all, by the camera's motion alone?
                 across = self._matrix(self.path[j] - self.path[k], size)
-                sees = _inside(_apply(across, places), size)
+                sees = inside(apply(across, places), size)
                 if hole.any() and (sees & hole).sum() < 0.05 * hole.sum():
                     continue
                 there, shift = self._across(k, j, pictures, places, across)
-                full = _enlarged(there, size, self.size)
-                fresh = wanted & ~covered & _inside(full, self.size)
-                layer[fresh] = (_sample(_array(pictures(j)), full) + shift)[fresh]
+                full = enlarged(there, size, self.size)
+                fresh = wanted & ~covered & inside(full, self.size)
+                layer[fresh] = (sample(array(pictures(j)), full) + shift)[fresh]
                 covered |= fresh
-                hole &= ~_inside(there, size)
+                hole &= ~inside(there, size)
         own = np.clip((edge - 1) / FEATHER, 0, 1)
         own = np.where(covered, own, 1)[..., None].astype(np.float32)
-        self.counts["filled"] += int((covered & ~inside).sum())
-        self.counts["mirrored"] += int((~covered & ~inside).sum())
+        self.counts["filled"] += int((covered & ~seen).sum())
+        self.counts["mirrored"] += int((~covered & ~seen).sum())
         return own * made + (1 - own) * layer
 
     def _across(self, k: int, j: int, pictures, places: np.ndarray, across: np.ndarray):
         """For every pixel of steady frame k its place in recorded frame j, and how much brighter frame k is."""
         one, two = self._at(k, pictures), self._at(j, pictures)
         size = tuple(one.shape[-2:])
-        there = _apply(across, _lattice(size))
-        moved = torch.from_numpy(_sample(_array(two), there)).permute(2, 0, 1).to(one.device)
+        there = apply(across, lattice(size))
+        moved = torch.from_numpy(sample(array(two), there)).permute(2, 0, 1).to(one.device)
         flow, _, trust, _ = self.model.flows(one, moved)
-        known = _inside(there + flow[0].permute(1, 2, 0).cpu().numpy(), size) * trust[0, 0].cpu().numpy()
-        sampled = _sample(np.dstack([flow[0].permute(1, 2, 0).cpu().numpy(), known]), places, cv2.INTER_LINEAR)
-        known = (sampled[..., 2] > 0.5) & _inside(places, size)
+        known = inside(there + flow[0].permute(1, 2, 0).cpu().numpy(), size) * trust[0, 0].cpu().numpy()
+        sampled = sample(np.dstack([flow[0].permute(1, 2, 0).cpu().numpy(), known]), places, cv2.INTER_LINEAR)
+        known = (sampled[..., 2] > 0.5) & inside(places, size)
         quarter = (max(8, size[0] // 4), max(8, size[1] // 4))
         device = next(self.model.parameters()).device
         seen = torch.from_numpy(sampled[..., :2] * known[..., None]).permute(2, 0, 1)[None].to(device)
@@ -395,12 +278,12 @@ class FastShot:
         share = F.interpolate(mask, size=quarter, mode="area")
         mean = F.interpolate(seen, size=quarter, mode="area") / share.clamp(min=1e-6)
         with torch.inference_mode():
-            wide = _sized(self.model.outpaint(mean * (share > 0.5), (share > 0.5).float()), size)
+            wide = sized(self.model.outpaint(mean * (share > 0.5), (share > 0.5).float()), size)
         flow = torch.where(mask > 0, seen, wide)[0].permute(1, 2, 0).cpu().numpy()
-        target = _apply(across, places + flow)
+        target = apply(across, places + flow)
         shift = np.zeros(3, np.float32)
         if known.any():
-            gap = _sample(_array(one), places)[known] - _sample(_array(two), target)[known]
+            gap = sample(array(one), places)[known] - sample(array(two), target)[known]
             shift = np.median(gap, axis=0).astype(np.float32)
         return target, shift
 
@@ -408,14 +291,14 @@ class FastShot:
         """Points of frame t before, in and after it, on the coarse steady path, and the confidence in them."""
         size = self._place(t, pictures)
         step = max(4, min(size) // 16)
-        pixels = _lattice(size)[step // 2 :: step, step // 2 :: step].reshape(-1, 2)
+        pixels = lattice(size)[step // 2 :: step, step // 2 :: step].reshape(-1, 2)
         columns, rows = pixels.T.astype(int)
         ahead, _, trust_ahead, _ = self._pair(t, pictures)
         _, behind, _, trust_behind = self._pair(t - 1, pictures)
         found = []
         for frame, flow in ((t - 1, behind), (t, None), (t + 1, ahead)):
             moved = pixels if flow is None else pixels + flow[0, :, rows, columns].T.cpu().numpy()
-            found.append(_apply(self._matrix(self.correction[frame], size), moved).astype(np.float64))
+            found.append(apply(self._matrix(self.correction[frame], size), moved).astype(np.float64))
         trust = (trust_ahead * trust_behind)[0, 0, rows, columns].cpu().numpy().astype(np.float64)
         return *found, trust
 
@@ -435,85 +318,3 @@ class FastShot:
     def _matrix(self, values: np.ndarray, size: tuple[int, int]) -> np.ndarray:
         """A similarity in pixels of the recorded size as a matrix for pixels of `size`."""
         return matrix(rescaled(values, size[1] / self.size[1]), *size)
-
-
-def _lattice(size: tuple[int, int]) -> Float[np.ndarray, "h w 2"]:
-    return np.stack(np.meshgrid(*(np.arange(n, dtype=np.float32) for n in size[::-1])), -1)
-
-
-def _apply(transform: np.ndarray, points: Float[np.ndarray, "*n 2"]) -> Float[np.ndarray, "*n 2"]:
-    return (points @ transform[:2, :2].T + transform[:2, 2]).astype(np.float32)
-
-
-def _array(picture: Float[Tensor, "c h w"]) -> Float[np.ndarray, "h w c"]:
-    return np.ascontiguousarray(picture.permute(1, 2, 0).cpu().numpy())
-
-
-def _sample(picture: np.ndarray, places: np.ndarray, mode: int = cv2.INTER_CUBIC) -> np.ndarray:
-    """The picture at those places, mirrored at its edges."""
-    return cv2.remap(picture, places, None, mode, borderMode=cv2.BORDER_REFLECT_101)
-
-
-def _inside(places: np.ndarray, size: tuple[int, int]) -> Bool[np.ndarray, "h w"]:
-    """Which places lie in a picture of that size, to a thousandth of a pixel."""
-    x, y = places[..., 0], places[..., 1]
-    return (x >= -1e-3) & (y >= -1e-3) & (x <= size[1] - 1 + 1e-3) & (y <= size[0] - 1 + 1e-3)
-
-
-def _enlarged(places: np.ndarray, small: tuple[int, int], full: tuple[int, int]) -> np.ndarray:
-    """A map of places at the size of the flow as one at the recorded size; even parts of it stay exact."""
-    if small == full:
-        return places
-    factor = np.float32([full[1] / small[1], full[0] / small[0]])
-    offset = (places + 0.5) * factor - 0.5 - ((_lattice(small) + 0.5) * factor - 0.5)
-    at = (_lattice(full) + 0.5) / factor - 0.5
-    return _lattice(full) + cv2.remap(offset, at, None, cv2.INTER_LINEAR, borderMode=cv2.BORDER_REPLICATE)
-
-
-class Fields:
-    """Endless flow fields of the synthetic world, seen through a picture that lies askew on them.
-
-    Fields are rendered once, 64x96, and used again with other pictures, turned and scaled.
-    """
-
-    count, size = 640, (64, 96)
-
-    def __init__(self, seed: int) -> None:
-        self.seed = seed
-        self._rendered: dict[int, Tensor] = {}
-
-    def field(self, index: int) -> Float[Tensor, "2 h w"]:
-        """Field `index` of the store, in pixels."""
-        if index not in self._rendered:
-            from frameloom.world import WorldDataset
-
-            group = index - index % 8
-            kind = ("motion", "flyover")[group // 8 % 2]
-            data = WorldDataset(kind, 2, *self.size, self.seed, 2**48, ("flow",), motion=4.0)
-            flows = data.batch(range(group, group + 8))["flow"][:, 0].clone()
-            self._rendered |= dict(enumerate(flows, group))
-        return self._rendered[index]
-
-    def batch(self, indices: list[int], progress: float) -> dict[str, Tensor]:
-        """`flow` (b, 2, h, w) less the similarity of its known part, `given` with an estimator's errors, `known`."""
-        flows, masks, noisy = [], [], []
-        height, width = self.size
-        for index in indices:
-            rng = np.random.default_rng([self.seed, index])
-            flow = self.field(int(rng.integers(self.count))) * float(np.exp(rng.normal(0, 0.7)))
-            if rng.random() < 0.5:
-                flow = flow.flip(-1) * torch.tensor([-1.0, 1.0])[:, None, None]
-            if rng.random() < 0.5:
-                flow = flow.flip(-2) * torch.tensor([1.0, -1.0])[:, None, None]
-            askew = rng.uniform(-0.2, 0.2, 2) * (width, height), rng.normal(0, 0.05), rng.uniform(-0.15, 0.1)
-            numbers = np.array([*askew[0], askew[1], askew[2]])
-            known = _inside(_apply(matrix(numbers, height, width), _lattice(self.size)), self.size)
-            for _ in range(rng.integers(4)):
-                cx, cy, radius = rng.uniform(0, width), rng.uniform(0, height), rng.uniform(1, 8)
-                known &= np.hypot(*np.moveaxis(_lattice(self.size) - np.float32([cx, cy]), -1, 0)) > radius
-            flows.append(flow)
-            masks.append(torch.from_numpy(known)[None].float())
-            noisy.append(torch.from_numpy(rng.normal(0, 0.05, (2, height, width))).float())
-        flow, known = torch.stack(flows), torch.stack(masks)
-        flow = flow - similarity_flow(fit_similarity(flow, known), height, width).float()
-        return {"flow": flow, "given": flow + torch.stack(noisy), "known": known}
