@@ -536,6 +536,8 @@ def test_behind_an_occluder_a_guess_with_a_past_is_nearer():
     error = lambda *frames: float(torch.linalg.vector_norm(model.guess(*frames).fine - truth, dim=1)[hidden].mean())  # noqa: E731
     assert error(first, second, before) < 0.85 * error(first, second)
     assert torch.equal(model.guess(first, second, first).fine, model.guess(first, second).fine)
+    model.train()
+    assert torch.equal(model.guess(first, second, before).fine, model.guess(first, second).fine)
 
 
 @torch.no_grad()

@@ -106,7 +106,7 @@ class RaftCore(nn.Module):
             fine, back = dis_flows(first, second), dis_flows(second, first)
             if config.trust and not self.training:
                 keep = confidence(fine, back, config.trust)
-            if config.begins == "past" and before is not None:
+            if config.past and before is not None and not self.training:
                 known = (first != before).flatten(1).any(1)[:, None, None, None]
                 goes_on = continued(fine, back, dis_flows(first, before), dis_flows(before, first))
                 fine = torch.where(known, goes_on, fine)

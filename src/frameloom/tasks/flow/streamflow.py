@@ -55,7 +55,7 @@ class Config(RaftConfig):
     start: Literal["branches", "released"] = "branches"
 
 
-PRESETS = {"tiny": Config(**SMALL_SK | {"begins": "past"}, gamma=0.8), "paper": Config()}
+PRESETS = {"tiny": Config(**SMALL_SK, past=True, gamma=0.8), "paper": Config()}
 
 
 class TimeAttention(nn.Module):
