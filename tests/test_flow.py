@@ -18,10 +18,11 @@ import frameloom
 from frameloom.cli.app import app
 from frameloom.errors import InputError
 from frameloom.memory import peak
-from frameloom.motion.consistency import confidence, continued
+from frameloom.motion.consistency import confidence
 from frameloom.motion.correlation import CorrPyramid, LazyCorr
 from frameloom.motion.dis import dis_flows
 from frameloom.motion.flowio import encode_flow, read_flow
+from frameloom.motion.mend import mended
 from frameloom.motion.raft import sequence_loss
 from frameloom.motion.twins import Twins
 from frameloom.motion.update import Affinity, Aggregate
@@ -513,43 +514,70 @@ def test_in_use_what_dis_finds_both_ways_is_kept_and_in_training_it_is_not():
     kept = model(first, second, last=True)[0]
     assert float((kept - there)[sure].abs().max()) < 0.01
     assert float((kept - there)[~sure].abs().max()) > 0.1
-    assert model.guess(first, second).keep is not None
-    assert model.train().guess(first, second).keep is None
+    guess = model.guess(first, second)
+    assert torch.equal(guess.fine, mended(there, back, first, second))
+    assert not torch.equal(guess.fine, there)
+    assert guess.keep is not None
+    guess = model.train().guess(first, second)
+    assert torch.equal(guess.fine, there)
+    assert guess.keep is None
 
 
-def test_what_is_lost_goes_on_as_it_went_and_what_is_found_stays():
-    moved = torch.tensor([3.0, -1.0]).view(1, 2, 1, 1).expand(1, 2, 16, 24).contiguous()
-    inner = (..., slice(4, -4), slice(4, -4))
-    lost = continued(moved + 9, moved, -moved, moved)
-    assert torch.allclose(lost[inner], moved[inner], atol=1e-3)
-    for kept in (continued(moved, -moved, moved * 5, -moved * 5), continued(moved, moved + 9, moved, moved + 9)):
-        assert torch.allclose(kept[inner], moved[inner], atol=1e-3)
+def passing(height=64, width=96, step=6, alike=False):
+    """A textured square that passes over a plain of another colour: both pictures, the flow, and what gets hidden."""
+    plain = torch.nn.functional.interpolate(rand(1, 3, height // 2, width // 2), (height, width), mode="bicubic")
+    square = torch.nn.functional.interpolate(rand(1, 3, 8, 8, seed=1), (24, 24), mode="bicubic")
+    plain, square = 0.5 * plain.clamp(0, 1), square.clamp(0, 1)
+    square = 0.5 * square if alike else 0.6 + 0.4 * square
+    first, second = plain.clone(), plain.clone()
+    first[..., 20:44, 30:54], second[..., 20:44, 30 + step : 54 + step] = square, square
+    flow = torch.zeros(1, 2, height, width)
+    flow[:, 0, 20:44, 30:54] = step
+    hidden = torch.zeros(height, width, dtype=torch.bool)
+    hidden[20:44, 54 : 54 + step] = True
+    return first, second, flow, hidden
+
+
+@pytest.mark.parametrize("crop", [(64, 96), (61, 95)])
+def test_what_is_hidden_is_mended_from_what_looks_alike_and_what_is_found_stays(crop):
+    first, second, flow, hidden = (part[..., : crop[0], : crop[1]] for part in passing())
+    wrong = flow.clone()
+    wrong[:, 0, hidden] = 6.0  # as if it moved with the square
+    back = -torch.stack([forward_splat(flow[:, k : k + 1], flow, "average")[0][:, 0] for k in range(2)], 1)
+    made = mended(wrong, back, first, second)
+    error = torch.linalg.vector_norm(made - flow, dim=1)[0]
+    assert float(error[hidden].mean()) < 1.5  # it was 6
+    far = torch.ones(crop, dtype=torch.bool)
+    far[16:48, 26:66] = False
+    assert float(error[far].max()) < 1e-3
+    assert float(error[24:40, 36:46].max()) < 0.05
+
+
+def test_a_flow_that_explains_the_picture_stays_though_nothing_confirms_it():
+    first, second, flow, _ = passing(alike=True)
+    back = torch.zeros_like(flow)  # right for the plain; the square is on no way back
+    kept = mended(flow, back, first, second)
+    assert float((kept - flow)[..., 24:40, 34:50].abs().mean()) < 0.5
+    lost = mended(flow / 2, back, first, second)  # confirmed no better, and explains nothing
+    assert float(lost[..., 24:40, 34:50].abs().mean()) < 0.5 * 1.5
+
+
+def test_the_way_back_is_the_way_there_of_pictures_in_turn():
+    first, second, _, _ = passing()
+    there = estimate(DIS(), torch.stack([first, second], 1), backward=True)
+    turned = estimate(DIS(), torch.stack([second, first], 1), backward=True)
+    assert torch.equal(there.bwd, turned.fwd)
+    assert torch.equal(there.fwd, turned.bwd)
 
 
 @torch.no_grad()
-def test_behind_an_occluder_a_guess_with_a_past_is_nearer():
-    clip = WorldDataset("motion", 3, 96, 128, seed=77, length=6, motion=8.0,
-                        outputs=("rgb", "flow", "occlusion")).batch(range(6))  # fmt: skip
-    before, first, second = clip["rgb"].unbind(1)
-    hidden, truth = clip["occlusion"][:, 1, 0].bool(), clip["flow"][:, 1]
-    model = made(StreamFlow)
-    error = lambda *frames: float(torch.linalg.vector_norm(model.guess(*frames).fine - truth, dim=1)[hidden].mean())  # noqa: E731
-    assert error(first, second, before) < 0.85 * error(first, second)
-    assert torch.equal(model.guess(first, second, first).fine, model.guess(first, second).fine)
-    model.train()
-    assert torch.equal(model.guess(first, second, before).fine, model.guess(first, second).fine)
-
-
-@torch.no_grad()
-def test_a_group_of_a_stream_is_told_of_the_frame_before_it(monkeypatch):
-    model, video = made(StreamFlow), scene(9, 32, 48)
-    seen, guess = [], StreamFlow.guess
-    monkeypatch.setattr(StreamFlow, "guess", lambda self, *frames: seen.append(frames) or guess(self, *frames))
-    list(model.stream(video[0]))
-    pairs = [pair for frames in seen for pair in zip(*frames, strict=True)]
-    number = lambda frame: next(k for k in range(9) if torch.equal(video[0, k], frame))  # noqa: E731
-    assert [tuple(map(number, pair)) for pair in pairs[:6]] == [(0, 1, 0), *((k, k + 1, k - 1) for k in range(1, 6))]
-    assert [tuple(map(number, pair)) for pair in pairs[7:]] == [(6, 7, 5), (7, 8, 6)]  # the last group's own gaps
+def test_on_scenes_of_the_world_mending_takes_error_away():
+    clip = WorldDataset("motion", 2, 96, 128, seed=78, length=8, motion=8.0, outputs=("rgb", "flow")).batch(range(8))
+    first, second = clip["rgb"].unbind(1)
+    there, back = dis_flows(first, second), dis_flows(second, first)
+    plain, better = (float(torch.linalg.vector_norm(flow - clip["flow"][:, 0], dim=1).mean())
+                     for flow in (there, mended(there, back, first, second)))  # fmt: skip
+    assert better < 0.95 * plain
 
 
 @torch.no_grad()

@@ -12,11 +12,11 @@ class RaftConfig:
     widths of the motion encoder: correlations first and then, flow first and then, and what comes out. `radius`,
     `levels`: of the correlation lookup. `kernels`, `cell_kernels`: depthwise sizes of SK blocks. `iterations`: in
     training; `refinements`: in use. `mask_scale` softens the upsampling weights. `begins`: the flow before the first
-    refinement; the papers begin at zero, but what `dis` finds needs no learning and is mended in minutes. Two settings
-    count in use, not in training: with `past`, what `dis` loses goes on as in the frame before, for methods that hold
-    that frame; `trust`: what `dis` finds there and back within so many pixels is kept as it is (0: nothing is), for a
-    network of this size mends what is lost and blurs what is not. `stress`: how much more a pixel counts in training
-    that the next frame hides; they are few, and methods differ in nothing else.
+    refinement; the papers begin at zero, but what `dis` finds needs no learning; a network of this size learns in
+    minutes to mend it. In use, not in training, `frameloom.motion.mend` does its part first, and `trust` counts: what
+    `dis` finds there and back within so many pixels is kept as it is (0: nothing is), for such a network blurs what is
+    right. `stress`: how much more a pixel counts in training that the next frame hides; they are few, and methods
+    differ in nothing else.
     """
 
     encoder: Literal["basic", "twins"] = "basic"
@@ -39,7 +39,6 @@ class RaftConfig:
     refinements: int = 12
     mask_scale: float = 0.25
     begins: Literal["zero", "dis"] = "zero"
-    past: bool = False
     trust: float = 0.0
     stress: float = 0.0
     gamma: float = 0.8

@@ -43,16 +43,3 @@ def confidence(
     """
     gap, _, inside = round_trip(flow, back)
     return torch.exp(gap.square().sum(1, keepdim=True) / (-2 * sigma**2)) * inside
-
-
-def continued(
-    flow: Float[Tensor, "b 2 h w"], back: Float[Tensor, "b 2 h w"], past: Float[Tensor, "b 2 h w"],
-    past_back: Float[Tensor, "b 2 h w"], sure: float = 0.25, likely: float = 2.0,
-) -> Float[Tensor, "b 2 h w"]:  # fmt: skip
-    """`flow` where it can be believed; where it cannot, things go on as they went: minus `past`, if that can be.
-
-    `past` goes from the same picture to the one before, `past_back` from there; `sure` and `likely` are the sigmas in
-    pixels of the two beliefs. What the next picture hides, the one before it shows as a rule.
-    """
-    share = (1 - confidence(flow, back, sure)) * confidence(past, past_back, likely)
-    return torch.lerp(flow, -past, share)

@@ -21,10 +21,11 @@ from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
 from frameloom.motion.config import RaftConfig
-from frameloom.motion.consistency import confidence, continued
+from frameloom.motion.consistency import confidence
 from frameloom.motion.correlation import CorrPyramid, LazyCorr, correlate
 from frameloom.motion.dis import dis_flows
 from frameloom.motion.encoders import BasicEncoder, TwinsEncoder
+from frameloom.motion.mend import mended
 from frameloom.motion.update import Affinity, UpdateBlock, convex_upsample, grid, step
 
 # Longer flows are not learnt from: in the published data sets they are mistakes as often as not.
@@ -92,24 +93,17 @@ class RaftCore(nn.Module):
         """The correlations of two feature maps `(b, c, h, w)`."""
         return correlate(first, second, self.config.levels, self.config.radius)
 
-    def guess(
-        self, first: Float[Tensor, "n 3 h w"], second: Float[Tensor, "n 3 h w"],
-        before: Float[Tensor, "n 3 h w"] | None = None,
-    ) -> "Guess":  # fmt: skip
-        """The flow before the first refinement. `before`: the frames on the other side of `first`; a frame that stands
-        twice has none.
-        """
+    def guess(self, first: Float[Tensor, "n 3 h w"], second: Float[Tensor, "n 3 h w"]) -> "Guess":
+        """The flow before the first refinement."""
         config, keep = self.config, None
         if config.begins == "zero":
             fine = torch.zeros_like(first[:, :2])
         else:
-            fine, back = dis_flows(first, second), dis_flows(second, first)
-            if config.trust and not self.training:
-                keep = confidence(fine, back, config.trust)
-            if config.past and before is not None and not self.training:
-                known = (first != before).flatten(1).any(1)[:, None, None, None]
-                goes_on = continued(fine, back, dis_flows(first, before), dis_flows(before, first))
-                fine = torch.where(known, goes_on, fine)
+            fine = dis_flows(first, second)
+            if not self.training:
+                back = dis_flows(second, first)
+                keep = confidence(fine, back, config.trust) if config.trust else None
+                fine = mended(fine, back, first, second)
         return Guess(fine, F.avg_pool2d(fine, config.stride) / config.stride, keep)
 
     def upsample(self, flow: Tensor, mask: Tensor, guess: "Guess") -> Float[Tensor, "n 2 H W"]:

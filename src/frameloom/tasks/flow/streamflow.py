@@ -55,7 +55,7 @@ class Config(RaftConfig):
     start: Literal["branches", "released"] = "branches"
 
 
-PRESETS = {"tiny": Config(**SMALL_SK, past=True, gamma=0.8), "paper": Config()}
+PRESETS = {"tiny": Config(**SMALL_SK, gamma=0.8), "paper": Config()}
 
 
 class TimeAttention(nn.Module):
@@ -139,19 +139,14 @@ class StreamFlow(Learned, RaftCore):
         self.update_block = GroupUpdate(config)
 
     def forward(
-        self, video: Float[Tensor, "b t 3 h w"], iterations: int | None = None, last: bool = False,
-        before: Float[Tensor, "b 1 3 h w"] | None = None,
-    ) -> list[Float[Tensor, "b s 2 h w"]]:  # fmt: skip
-        """The t - 1 flows of groups of `config.frames` frames in [0, 1] after every iteration (or the last one).
-
-        `before`: the frame before each group, if there is one.
-        """
+        self, video: Float[Tensor, "b t 3 h w"], iterations: int | None = None, last: bool = False
+    ) -> list[Float[Tensor, "b s 2 h w"]]:
+        """The t - 1 flows of groups of `config.frames` frames in [0, 1] after every iteration (or the last one)."""
         gaps = video.shape[1] - 1
         features = self.features(video)
         corr = self.correlate(features[:, :-1].flatten(0, 1), features[:, 1:].flatten(0, 1))
         hidden, context, affinity = self.begin(video[:, :-1])
-        past = torch.cat([video[:, :1] if before is None else before, video[:, :-2]], 1)
-        guess = self.guess(*(frames.flatten(0, 1) for frames in (video[:, :-1], video[:, 1:], past)))
+        guess = self.guess(video[:, :-1].flatten(0, 1), video[:, 1:].flatten(0, 1))
         start, flow, made = grid(hidden), guess.coarse, []
         count = iterations or self.config.refinements
         for number in range(count):
@@ -174,14 +169,14 @@ class StreamFlow(Learned, RaftCore):
         self, frames: Iterable[Float[Tensor, "3 h w"]], backward: bool = False
     ) -> Iterator[tuple[Tensor, Tensor | None]]:
         """The flow of each gap, group by group. The last group is the last T frames; a shorter scene is filled up
-        with its last frame. Memory: one group and the frame before it.
+        with its last frame. Memory: one group.
         """
         size, held, done, count = self.config.frames, [], 0, 0
         for frame in frames:
             held.append(frame)
             count += 1
             if count >= size and (count - 1) % (size - 1) == 0:
-                yield from self._group(held, 0, backward)
+                yield from self._group(held[-size:], 0, backward)
                 done = count - 1
             held = held[-size:]
         if count < 2 or done == count - 1:
@@ -196,8 +191,8 @@ class StreamFlow(Learned, RaftCore):
                 yield made
 
     def _group(self, frames: list[Tensor], first: int, backward: bool) -> list[tuple[Tensor, Tensor | None]]:
-        before, video = torch.stack(frames)[None].tensor_split([len(frames) - self.config.frames], 1)
-        there = self(video, last=True, before=before if before.shape[1] else None)[0][0]
+        video = torch.stack(frames)[None]
+        there = self(video, last=True)[0][0]
         back = self(video.flip(1), last=True)[0][0].flip(0) if backward else [None] * len(there)
         return list(zip(there, back, strict=True))[first:]
 

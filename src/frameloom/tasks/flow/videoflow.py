@@ -127,7 +127,7 @@ class VideoFlow(Learned, RaftCore):
         hidden, context, affinity = self.begin(video[:, 1:-1])
         start, block = grid(hidden), self.update_block
         middle, after, before = (part.flatten(0, 1) for part in (video[:, 1:-1], video[:, 2:], video[:, :-2]))
-        guesses = self.guess(middle, after, before), self.guess(middle, before, after)
+        guesses = self.guess(middle, after), self.guess(middle, before)
         flows = torch.cat([guess.coarse for guess in guesses], 1)
         state = None
         if self.config.memory:

@@ -19,6 +19,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from frameloom.motion.dis import dis_flows, flows_both_ways, warped_pair
+from frameloom.motion.mend import mended
 
 
 class DIS:
@@ -30,12 +31,20 @@ class DIS:
     least = 1
 
     def stream(self, frames: Iterable[Float[Tensor, "3 h w"]], backward: bool = False):
-        """The flow of each gap as a flow method gives it: `(2, h, w)` in pixels, and the one back or None."""
+        """The flow of each gap as a flow method gives it: `(2, h, w)` in pixels, and the one back or None.
+
+        What its two directions disagree about is mended (`frameloom.motion.mend`).
+        """
         before = None
         for frame in frames:
+            after = frame[None]
             if before is not None:
-                yield dis_flows(before, frame[None])[0], dis_flows(frame[None], before)[0] if backward else None
-            before = frame[None]
+                there, back = dis_flows(before, after), dis_flows(after, before)
+                yield (
+                    mended(there, back, before, after)[0],
+                    mended(back, there, after, before)[0] if backward else None,
+                )
+            before = after
 
     def between(self, frame0: Float[Tensor, "3 h w"], frame1: Float[Tensor, "3 h w"]):
         """The function t -> picture `(3, h, w)`; the flows are estimated once, here."""
