@@ -30,8 +30,8 @@ SIZES = {
     "animatediff": {"frames": 8, "height": 48, "width": 48},
     "latte": {"height": 96, "width": 96},
     "svd": {"frames": 4, "height": 48, "width": 48},
-    "cogvideox": {"frames": 9, "height": 192, "width": 192},
-    "wan": {"frames": 17, "height": 192, "width": 192},
+    "cogvideox": {"frames": 9, "height": 320, "width": 320},
+    "wan": {"frames": 17, "height": 320, "width": 320},
     "ltx": {"frames": 17, "height": 128, "width": 128},
 }
 

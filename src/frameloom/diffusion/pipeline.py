@@ -221,7 +221,7 @@ class Pipeline:
             given["max_sequence_length"] = length.default
         found = pipe.encode_prompt(**{key: value for key, value in given.items() if key in known})
         names = ("text", "text_mask") if len(found) == 4 else ("text",)
-        dtype = self.denoiser.host.dtype
+        dtype = self.denoiser.dtype
         values = [value.to(dtype) if value.is_floating_point() else value for value in found]
         return Cond(dict(zip(names, values, strict=False)), dict(zip(names, values[len(names) :], strict=True)))
 
@@ -257,7 +257,7 @@ class Pipeline:
         parts = [vae.encode(one[None, :, None].to(vae.dtype)).latent_dist.sample(generator) for one in seen]
         scale = self.pipe.vae_scaling_factor_image
         latents = torch.cat(parts).transpose(1, 2) * (1 / scale if vae.config.invert_scale_latents else scale)
-        return cond.replace(image=latents.to(self.denoiser.host.dtype))
+        return cond.replace(image=latents.to(self.denoiser.dtype))
 
     def _clip(self, picture: Float[Tensor, "b 3 h w"]) -> Float[Tensor, "b 1 d"]:
         from diffusers.pipelines.stable_video_diffusion.pipeline_stable_video_diffusion import (
@@ -279,7 +279,7 @@ class Pipeline:
             parts = [vae.encode(part).latent_dist.mode() for part in seen.flatten(0, 1).split(chunk)]
             latents = torch.cat(parts).unflatten(0, seen.shape[:2])
         mean, scale = self._normal(latents)
-        return ((latents - mean) * scale).to(self.denoiser.host.dtype)
+        return ((latents - mean) * scale).to(self.denoiser.dtype)
 
     @torch.no_grad()
     def decode(self, latents: Float[Tensor, "b s c y x"], chunk: int = 8) -> Float[Tensor, "b t 3 h w"]:

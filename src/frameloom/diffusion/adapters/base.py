@@ -67,6 +67,11 @@ class Adapter:
         return (site for site in self._places if site.kind == kind)
 
     @cached_property
+    def dtype(self) -> torch.dtype:
+        """What the host computes in. Asked once: diffusers looks through every parameter to say it."""
+        return self.host.dtype
+
+    @cached_property
     def _places(self) -> list[Site]:
         return list(places(self.host))
 

@@ -28,7 +28,7 @@ class CogVideoX(Adapter):
         ofs = x.new_full((1,), 2.0) if host.config.ofs_embed_dim else None
         rotary = self._rotary(x) if host.config.use_rotary_positional_embeddings else None
         told = {"ofs": ofs, "image_rotary_emb": rotary, "return_dict": False}
-        return host(video.to(host.dtype), cond["text"], self.clock(t), **told)[0]
+        return host(video.to(self.dtype), cond["text"], self.clock(t), **told)[0]
 
     def _rotary(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Cosines and sines of all tokens' positions; kept, as a run asks for the same ones at every step."""

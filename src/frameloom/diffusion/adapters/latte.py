@@ -29,7 +29,7 @@ class Latte(Adapter):
         super().__init__(host, path, kind, Latent(channels, config.video_length, size, size, per_frame))
 
     def call(self, x: Tensor, t: Tensor, cond: Cond) -> Tensor:
-        video, at = swap_channels(x).to(self.host.dtype), self.clock(t)
+        video, at = swap_channels(x).to(self.dtype), self.clock(t)
         given = {"encoder_hidden_states": cond["text"]}
         if (mask := cond.get("text_mask")) is not None:  # as the bias that the host's attention adds, one per frame
             bias = (1 - mask.to(video.dtype))[:, None] * -10000.0

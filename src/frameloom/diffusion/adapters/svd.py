@@ -33,7 +33,7 @@ class SVD(Adapter):
         self.image_last = image_last
 
     def call(self, x: Tensor, t: Tensor, cond: Cond) -> Tensor:
-        host, dtype = self.host, self.host.dtype
+        host, dtype = self.host, self.dtype
         scaled = (x / spread(torch.sqrt(t.double() ** 2 + 1), x)).to(dtype)
         image = lengthened(cond["image"].to(dtype), x.shape[1], repeat=True)
         both = torch.cat([scaled, image] if self.image_last else [image, scaled], 2)

@@ -38,5 +38,5 @@ class UNet2D(Adapter):
             given["class_labels"] = label.flatten() if label.ndim == 2 else per_frame(label)
         if self.with_text:
             given["encoder_hidden_states"] = per_frame(cond["text"])
-        output = self.host(x.flatten(0, 1).to(self.host.dtype), at, return_dict=False, **given)[0]
+        output = self.host(x.flatten(0, 1).to(self.dtype), at, return_dict=False, **given)[0]
         return output.unflatten(0, (b, frames))

@@ -24,10 +24,10 @@ class UNet3D(Adapter):
 
     def call(self, x: Tensor, t: Tensor, cond: Cond) -> Tensor:
         host, at = self.host, self.clock(t)
-        video, told = swap_channels(x).to(host.dtype), self.told(cond, x.shape[1])
+        video, told = swap_channels(x).to(self.dtype), self.told(cond, x.shape[1])
         if t.ndim == 1:
             return swap_channels(host(video, at, return_dict=False, **told)[0])
         # The host embeds one time per clip and repeats it over the frames; its resnets take one per frame as well.
-        embedding = host.time_embedding(host.time_proj(at.flatten()).to(host.dtype))
+        embedding = host.time_embedding(host.time_proj(at.flatten()).to(self.dtype))
         with self._frame_embedding(embedding):
             return swap_channels(host(video, at[:, 0], return_dict=False, **told)[0])

@@ -31,7 +31,7 @@ class Wan(Adapter):
             at = at.repeat_interleave((x.shape[3] // high) * (x.shape[4] // wide), 1)
         if (image := cond.get("image")) is not None:
             x = torch.cat([x, image.to(x.dtype)], 2)
-        found = self.host(swap_channels(x).to(self.host.dtype), at, cond["text"], cond.get("image_embeds"),
+        found = self.host(swap_channels(x).to(self.dtype), at, cond["text"], cond.get("image_embeds"),
                           return_dict=False)[0]  # fmt: skip
         return swap_channels(found)
 
