@@ -36,8 +36,6 @@ class LTX(Adapter):
         mask = cond.get("text_mask")
         if mask is None:
             mask = cond["text"].new_ones(cond["text"].shape[:2])
-        found = self.host(
-            tokens.to(self.dtype), cond["text"], at, mask, *sizes, self.rope_scale, return_dict=False
-        )[0]
+        found = self.host(tokens.to(self.dtype), cond["text"], at, mask, *sizes, self.rope_scale, return_dict=False)[0]
         cut = found.reshape(b, *sizes, channels, self.patch_t, self.patch, self.patch)
         return cut.permute(0, 1, 5, 4, 2, 6, 3, 7).reshape(x.shape)
