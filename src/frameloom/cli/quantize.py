@@ -6,6 +6,7 @@ from typing import Annotated
 import typer
 
 from frameloom.cli import options
+from frameloom.units import in_bytes
 
 
 def register(app: typer.Typer) -> None:
@@ -40,7 +41,7 @@ def quantize(
     if json:
         terminal.emit(report.as_dict())
         return
-    line = (f"{out}  {report.weights:,} expert weights in {terminal.size(report.bytes)}  {report.bits:.3f} bits a "
+    line = (f"{out}  {report.weights:,} expert weights in {in_bytes(report.bytes)}  {report.bits:.3f} bits a "
             f"weight  {report.ratio:.1f} times smaller than bfloat16  {report.zeros:.1%} zeros")  # fmt: skip
     terminal.say(line)
     if report.error:

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from frameloom.progress import Progress
+from frameloom.units import in_bytes
 
 
 def say(line: str) -> None:
@@ -82,13 +83,5 @@ def describe(clip, name: str) -> str:
 def describe_result(path: Path, frames: int, rate, seconds: float, duration: float) -> str:
     from frameloom.video.times import show_duration, show_rate
 
-    return (f"{path}  {frames:,} frames  {show_rate(rate)} fps  {size(path.stat().st_size)}  "
+    return (f"{path}  {frames:,} frames  {show_rate(rate)} fps  {in_bytes(path.stat().st_size)}  "
             f"{show_duration(seconds)}  ({duration / max(seconds, 1e-6):.2g}x real time)")  # fmt: skip
-
-
-def size(count: int) -> str:
-    """`38.1 MB`."""
-    for unit, scale in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
-        if count >= scale:
-            return f"{count / scale:.1f} {unit}"
-    return f"{count} B"

@@ -8,6 +8,7 @@ import typer
 
 from frameloom.cli import options
 from frameloom.errors import InputError
+from frameloom.units import in_bytes
 
 
 def register(app: typer.Typer) -> None:
@@ -266,7 +267,7 @@ def compress(
     if json:
         terminal.emit(vars(report))
         return
-    terminal.say(f"{output}  {report.method}  {terminal.size(report.bytes)}  {report.bits_per_pixel:.4f} bits a pixel  "
+    terminal.say(f"{output}  {report.method}  {in_bytes(report.bytes)}  {report.bits_per_pixel:.4f} bits a pixel  "
                  f"{report.seconds:.1f} s")  # fmt: skip
 
 
@@ -389,4 +390,4 @@ def run(
     elif json:
         terminal.emit({"output": str(output), "bytes": output.stat().st_size, "do": do})
     else:
-        terminal.say(f"{output}  {terminal.size(output.stat().st_size)}")
+        terminal.say(f"{output}  {in_bytes(output.stat().st_size)}")

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from frameloom.errors import InputError
+from frameloom.units import in_bytes
 
 # A block that is smaller than this share of the largest would waste the room of a large one: it stays.
 SMALL = 1 / 8
@@ -68,7 +69,7 @@ def _found(model: nn.Module) -> list[tuple[str, nn.Module]]:
     kept = [(name, module) for name, module in found if size(module) >= SMALL * largest]
     if len(kept) < 2 or sum(size(module) for _, module in kept) < WORTH * size(model):
         parts = sorted(((size(child), name) for name, child in model.named_children()), reverse=True)[:4]
-        told = ", ".join(f"{name} ({show(count)})" for count, name in parts) or "nothing at all"
+        told = ", ".join(f"{name} ({in_bytes(count)})" for count, name in parts) or "nothing at all"
         raise InputError(f"{type(model).__name__}: no repeated list of blocks holds most of its weights; it is made of "
                          f"{told}; name the blocks yourself, such as blocks=[...]")  # fmt: skip
     return kept
@@ -163,11 +164,3 @@ def _dense(value: Tensor) -> bool:
     return value.layout is torch.strided and (
         value.is_contiguous() or torch.ops.aten.is_non_overlapping_and_dense(value)
     )
-
-
-def show(count: int) -> str:
-    """`38.1 MB`."""
-    for unit, scale in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
-        if count >= scale:
-            return f"{count / scale:.3g} {unit}"
-    return f"{count} B"

@@ -38,9 +38,10 @@ from torch import Tensor, nn
 from frameloom import memory
 from frameloom.errors import InputError
 from frameloom.progress import Progress, silent
-from frameloom.scale.blocks import Block, Parts, show, take_apart
+from frameloom.scale.blocks import Block, Parts, take_apart
 from frameloom.scale.store import Checkpoint, DiskStore, RamStore, Store
 from frameloom.scale.window import Layout, Window, placeholder
+from frameloom.units import in_bytes
 
 log = logging.getLogger("frameloom")
 
@@ -120,9 +121,9 @@ class Plan:
         grain = k_prime or max(1, (k - pin) // 2)
         room = k if strict or k >= n else min(n, k + grain)
         if budget is not None and room > fits:
-            told = f"k {fits} fits" if fits else f"not even one block ({show(max(sizes))}) beside them fits"
-            raise InputError(f"budget {show(budget)}: {room} blocks of {show(max(sizes))} and {show(rest)} that always "
-                             f"stay are {show(rest + room * max(sizes))}; {told}")  # fmt: skip
+            told = f"k {fits} fits" if fits else f"not even one block ({in_bytes(max(sizes))}) beside them fits"
+            raise InputError(f"budget {in_bytes(budget)}: {room} blocks of {in_bytes(max(sizes))} and {in_bytes(rest)} "
+                             f"that always stay are {in_bytes(rest + room * max(sizes))}; {told}")  # fmt: skip
         if k >= n:
             log.warning("k %d: the model has %d blocks, so that all of them are there and none is streamed", k, n)
             room = pin = k = n
@@ -180,8 +181,8 @@ class Streamed:
     def __str__(self) -> str:
         plan, store = self.plan, type(self.store).__name__.removesuffix("Store").lower()
         kept = f", {plan.pin} kept" if plan.pin else ""
-        return (f"{plan.n} blocks from {store}, k {plan.k}, k' {plan.k_prime}{kept}: at most {show(plan.bytes)} of "
-                f"{show(plan.whole)} of weights")  # fmt: skip
+        return (f"{plan.n} blocks from {store}, k {plan.k}, k' {plan.k_prime}{kept}: at most {in_bytes(plan.bytes)} of "
+                f"{in_bytes(plan.whole)} of weights")  # fmt: skip
 
     def restore(self) -> None:
         """Give the model its weights back, as they are now, and its blocks their own calls; once is enough."""

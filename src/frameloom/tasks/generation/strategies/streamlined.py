@@ -33,6 +33,7 @@ from frameloom.memory import weight_bytes
 from frameloom.progress import Progress
 from frameloom.tasks.generation.base import Request, activations
 from frameloom.tasks.generation.strategies.direct import whole
+from frameloom.units import in_bytes
 
 log = logging.getLogger("frameloom")
 
@@ -111,13 +112,9 @@ def fit(model: Generator, request: Request, budget: int) -> tuple[int, int]:
             break  # what is left are inputs, outputs and skip connections: more slices change nothing
         least = took
     raise InputError(
-        f"--memory-budget {_size(budget)}: this needs at least {_size(weights + least)}: weights {_size(weights)}, "
-        f"smallest slices {_size(least)}; fewer frames need less"
+        f"--memory-budget {in_bytes(budget)}: this needs at least {in_bytes(weights + least)}: weights "
+        f"{in_bytes(weights)}, smallest slices {in_bytes(least)}; fewer frames need less"
     )
-
-
-def _size(count: int) -> str:
-    return f"{count / 1e9:.2f} GB" if count >= 1e9 else f"{count / 1e6:.1f} MB"
 
 
 # --- step rehash ---------------------------------------------------------------------------------------------------
