@@ -560,8 +560,10 @@ def running(pid: int) -> bool:
 
 @pytest.mark.parametrize("blow", [signal.SIGKILL, signal.SIGINT])
 def test_stopped_in_the_middle_of_a_file_a_resume_ends_in_the_same_tree(videos, sequential, tmp_path, blow):
+    # A shell starts what it puts in the background deaf to Ctrl-C, and so are its children: not this one.
     process = subprocess.Popen([sys.executable, *command("local", videos, tmp_path)], env=ENVIRONMENT,
-                               stderr=subprocess.PIPE, text=True)  # fmt: skip
+                               stderr=subprocess.PIPE, text=True,
+                               preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))  # fmt: skip
     wait_for(lambda: hidden(tmp_path))
     family = children(process.pid)
     process.send_signal(blow)

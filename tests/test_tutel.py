@@ -562,7 +562,7 @@ def test_a_dense_checkpoint_without_the_new_settings_still_opens(tmp_path):
 
 
 def test_train_with_experts_from_the_shell_says_so_and_writes_weights_that_open(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(stiv, "TINY", SMALL)
+    monkeypatch.setitem(stiv.PRESETS, "tiny", SMALL)
     monkeypatch.setattr("frameloom.tasks.generation.data.captioned", lambda *a, **k: _Clips())
     config, r = mixture.config("stiv", "experts=4,top=2,capacity=1.5,r=2")
     assert r == 2
