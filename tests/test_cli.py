@@ -6,8 +6,13 @@ import subprocess
 import sys
 from pathlib import Path
 
+import av
 import pytest
+import typer
+from typer.testing import CliRunner
 
+from frameloom.cli import options
+from frameloom.cli.app import app
 from frameloom.cli.chain import Step, parse, parse_size
 from frameloom.errors import InputError
 from frameloom.video.reader import read
@@ -108,3 +113,29 @@ def test_train_goes_on_after_kill_nine_to_the_same_weights(tmp_path):
     victim.wait()
     assert run(*arguments, tmp_path / "b").returncode == 0
     assert (tmp_path / "a/model.safetensors").read_bytes() == (tmp_path / "b/model.safetensors").read_bytes()
+
+
+def test_a_group_of_flags_reaches_the_command_as_one(tmp_path):
+    seen = []
+
+    def command(name: str, *, reading: options.Reading, encoding: options.Encoding, json: options.Json = False) -> None:
+        """Says what it was told."""
+        seen.append((name, reading, encoding, json))
+
+    toy = typer.Typer()
+    toy.command()(options.grouped(command))
+    given = ["--stream", "1", "--range", "1s:2s", "--rate", "12", "--deinterlace", "--keep-readable", "--codec", "ffv1",
+             "--crf", "7", "--preset", "fast", "--json"]  # fmt: skip
+    for flags in ([], given):
+        assert CliRunner().invoke(toy, ["x", *flags]).exit_code == 0
+    told = {"stream": 1, "range": "1s:2s", "rate": "12", "deinterlace": True, "keep_readable": True}
+    told = options.Reading(**told), options.Encoding(codec="ffv1", crf=7, preset="fast")
+    assert seen == [("x", options.Reading(), options.Encoding(), False), ("x", *told, True)]
+
+
+def test_what_is_asked_of_the_encoder_is_in_the_file(tmp_path):
+    make(tmp_path / "in.mp4", moving(4))
+    asked = ["interpolate", str(tmp_path / "in.mp4"), str(tmp_path / "out.mkv"), "--fps", "24", "--codec", "ffv1"]
+    assert CliRunner().invoke(app, [*asked, "-m", "blend"]).exit_code == 0
+    with av.open(str(tmp_path / "out.mkv")) as file:
+        assert file.streams.video[0].codec_context.name == "ffv1"

@@ -13,6 +13,7 @@ from frameloom.cards import Card, cards
 from frameloom.errors import InputError, Interrupted
 from frameloom.training import loop
 from frameloom.training.recipe import Recipe
+from frameloom.training.sizes import Sized
 
 
 class Line(nn.Module):
@@ -134,3 +135,12 @@ def test_a_size_that_there_is_not_is_one_line():
     for kind in learners:
         with pytest.raises(InputError, match="--size huge"):
             kind.preset("huge")
+
+
+def test_every_size_has_its_own_recipe_and_data_that_are_not_there_are_named():
+    recipes = {"tiny": Recipe(steps=3, batch_size=1, lr=0.1), "paper": Recipe(steps=7, batch_size=1, lr=0.1)}
+    kind = type("Kind", (Sized,), {"id": "kind", "presets": {"tiny": 1, "paper": 2}, "recipes": recipes})
+    assert [(kind.preset(size), kind.recipe(size)) for size in recipes] == [(1, recipes["tiny"]), (2, recipes["paper"])]
+    kind.needs_world("world")
+    with pytest.raises(InputError, match="--data sea: kind learns from depth; give --data world"):
+        kind.needs_world("sea", "depth")

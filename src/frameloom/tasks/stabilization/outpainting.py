@@ -65,7 +65,8 @@ class Hourglass(nn.Module):
         return self.head(x)
 
 
-def sized(x: Tensor, size) -> Tensor:
+def sized(x: Float[Tensor, "b c h w"], size: tuple[int, int]) -> Float[Tensor, "b c h2 w2"]:
+    """`x` at another size (rows, columns), bilinear."""
     return F.interpolate(x, size=tuple(size), mode="bilinear", align_corners=False)
 
 
