@@ -15,7 +15,7 @@ from fractions import Fraction
 from typing import Any
 
 from frameloom.errors import InputError
-from frameloom.video.colour import BT601, BT709, BT2020, Colour
+from frameloom.video.colour import BT601, BT709, BT2020, SITINGS, Colour
 
 MAGIC = b"\x89FLM\r\n\x1a\n"
 FORMAT = 1
@@ -69,6 +69,8 @@ class Container:
         body["rate"] = self.header.rate.as_integer_ratio()
         body["pixel_aspect"] = self.header.pixel_aspect.as_integer_ratio()
         body["colour"] = asdict(self.header.colour)
+        if self.header.colour.siting == Colour.siting:  # the usual place is left unsaid, as all files once did
+            del body["colour"]["siting"]
         body["sections"] = [[name, len(payload), zlib.crc32(payload)] for name, payload in self.sections.items()]
         text = json.dumps(body, separators=(",", ":")).encode()
         prefix = _PREFIX.pack(MAGIC, FORMAT, len(text), zlib.crc32(text))
@@ -151,6 +153,7 @@ def _check_version(version: int, origin: str) -> None:
 
 
 def _colour(values: dict[str, Any], origin: str) -> Colour:
+    values = {"siting": Colour.siting} | values
     if set(values) != {field.name for field in fields(Colour)} or type(values["full_range"]) is not bool:
         raise InputError(f"{origin}: the header is damaged; the colour description is not complete")
     for name in ("matrix", "primaries", "transfer"):
@@ -158,4 +161,6 @@ def _colour(values: dict[str, Any], origin: str) -> Colour:
     if values["matrix"] not in (BT709, 4, 5, BT601, 7, BT2020):
         raise InputError(f"{origin}: the header is damaged; colour matrix {values['matrix']} is not known")
     whole(values["depth"], 1, 16, "depth", origin)
+    if values["siting"] not in SITINGS:
+        raise InputError(f"{origin}: the header is damaged; the place of chroma is not known")
     return Colour(**values)

@@ -12,7 +12,7 @@ from typer import Argument, Option
 if TYPE_CHECKING:
     from frameloom.video.clip import Clip
 
-Input = Annotated[str, Argument(help="a video, a folder or glob of pictures, or a camera (/dev/video0)")]
+Input = Annotated[str, Argument(help="a video, a folder, glob or pattern (shot_%04d.png) of pictures, or a camera")]
 Output = Annotated[Path, Argument(help="the video to make: .mp4, .mkv, .webm, .mov or .avi")]
 
 Method = Annotated[str, Option("--method", "-m", help="which method; auto is the one that measures best here")]
@@ -32,6 +32,7 @@ Range = Annotated[str | None, Option("--range", help="a part of the input, such 
 Rate = Annotated[str | None, Option(help="frames a second of a folder of pictures (24 if absent)")]
 Deinterlace = Annotated[bool, Option("--deinterlace", help="weave interlaced fields into whole frames")]
 KeepReadable = Annotated[bool, Option("--keep-readable", help="go on with the readable frames of a damaged file")]
+SameSize = Annotated[bool, Option("--same-size", help="scale to the first size where a video changes its size midway")]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,6 +44,7 @@ class Reading:
     rate: Rate = None
     deinterlace: Deinterlace = False
     keep_readable: KeepReadable = False
+    same_size: SameSize = False
 
     def open(self, path: str) -> "Clip":
         """The input, read so."""

@@ -73,10 +73,10 @@ def describe(clip, name: str) -> str:
              show_duration(float(clip.duration)), info.codec]  # fmt: skip
     if info.colour.depth > 8:
         parts.append(f"{info.colour.depth} bit")
-    if clip.source.passthrough:
+    if clip.source.passthrough and clip.source.passthrough.sound:
         parts.append("with sound or subtitles")
-    if info.rotation:
-        parts.append(f"turned {info.rotation}°")
+    if info.orientation:
+        parts.append(str(info.orientation))
     return "  ".join(part for part in parts if part)
 
 

@@ -17,7 +17,9 @@ from jaxtyping import Float, UInt8
 from torch import Tensor
 
 from frameloom.errors import InputError
-from frameloom.video.colour import BT709, Colour, native_from_rgb, rgb_from_native
+from frameloom.video.colour import BT709, Colour, as_native, native_from_rgb, rgb_from_native
+from frameloom.video.hdr import Hdr
+from frameloom.video.orientation import UPRIGHT, Orientation
 from frameloom.video.times import RegularTimes, index_at, show_duration, show_rate
 
 
@@ -26,8 +28,9 @@ class Info:
     """What is known of a clip before its frames are read.
 
     `rate` is frames a second; when `regular` is False the rate is an average and the times are what counts.
-    `pix_fmt` is the native layout of decoded frames (`"yuv420p"`, `"yuv420p10le"`, `"rgb24"`); `rotation` the
-    degrees, already applied, that the file asked for; `pixel_aspect` the width of a pixel over its height.
+    `pix_fmt` is the native layout of decoded frames (`"yuv420p"`, `"yuv420p10le"`, `"rgb24"`); `orientation` the
+    turn, already applied, that the file asked for; `pixel_aspect` the width of a pixel over its height; `hdr` the
+    static metadata of HDR10.
     """
 
     width: int
@@ -38,8 +41,9 @@ class Info:
     regular: bool = True
     name: str = "clip"
     codec: str = ""
-    rotation: int = 0
+    orientation: Orientation = UPRIGHT
     pixel_aspect: Fraction = Fraction(1)
+    hdr: Hdr | None = None
 
 
 class Frame:
@@ -65,25 +69,34 @@ class Frame:
         """The same picture at another instant."""
         return Frame(time, self.colour, self.native, self._rgb)
 
+    def turned(self, orientation: Orientation) -> "Frame":
+        """The same picture laid upright."""
+        return Frame(self.time, self.colour, rgb=orientation(self.rgb))
+
     def to_native(self, pix_fmt: str, colour: Colour) -> av.VideoFrame:
-        """As a frame for an encoder; untouched when it already has that layout and colour."""
-        if self.native is not None and self.native.format.name == pix_fmt and self.colour == colour:
-            return self.native
-        return native_from_rgb(self.rgb, pix_fmt, colour)
+        """As a frame for an encoder; not a number changed where the format can hold them and the colour is the same."""
+        untouched = None if self.native is None else as_native(self.native, self.colour, pix_fmt, colour)
+        return native_from_rgb(self.rgb, pix_fmt, colour) if untouched is None else untouched
 
 
 @dataclass(frozen=True)
 class Passthrough:
-    """Audio and subtitle packets that travel with a clip: those of `path` within [start, stop) seconds.
+    """What travels with a clip from the file `path`: its title, dates and attachments; while `timed` also what runs
+    beside the pictures, chapters and the packets of sound and subtitles, those within [start, stop) seconds.
 
     `origin` is the instant of the clip's first frame on the file's own clock; `stop` None means to the end,
-    and a `start` of None keeps what comes before the first picture too (encoder priming samples).
+    and a `start` of None keeps what comes before the first picture too (encoder priming samples). `sound` says
+    whether there are sound or subtitles, `stream` which of the file's videos this is, `first` when that begins.
     """
 
     path: Path
     origin: Fraction
     start: Fraction | None = None
     stop: Fraction | None = None
+    timed: bool = True
+    sound: bool = True
+    stream: int = 0
+    first: Fraction = Fraction(0)
 
 
 class Source:
@@ -110,7 +123,7 @@ class Source:
         return self.base.inputs() if self.base else []
 
     def end(self) -> Fraction:
-        """The instant at which the last frame stops being shown."""
+        """The instant at which the last frame stops being shown; a frame's usual time after its start."""
         times = self.times()
         return (times[-1] + 1 / self.info.rate) if len(times) else Fraction(0)
 
@@ -167,6 +180,10 @@ class View(Source):
             if offset % self.step == 0:
                 yield frame.at(frame.time - self.origin)
 
+    def end(self) -> Fraction:
+        times = self.base.times()
+        return (times[self.stop] if self.stop < len(times) else self.base.end()) - self.origin
+
     def fingerprint(self) -> str:
         return f"{self.base.fingerprint()}[{self.start}:{self.stop}:{self.step}]"
 
@@ -188,6 +205,9 @@ class MappedSource(Source):
         for frame in self.base.frames(start, stop):
             yield Frame(frame.time, self.info.colour, rgb=self.function(frame.rgb))
 
+    def end(self) -> Fraction:
+        return self.base.end()
+
     def fingerprint(self) -> str:
         return f"{self.base.fingerprint()} | {self.label}"
 
@@ -198,6 +218,8 @@ class Retimed(Source):
     def __init__(self, base: Source, rate: Fraction) -> None:
         self.base = base
         self.info = replace(base.info, rate=rate, regular=True)
+        if base.passthrough is not None:
+            self.passthrough = replace(base.passthrough, timed=False, sound=False)
 
     def times(self) -> Sequence[Fraction]:
         return RegularTimes(self.info.rate, len(self.base.times()))
@@ -325,6 +347,6 @@ class Clip:
 
     def __repr__(self) -> str:
         info = self.info
-        sound = ", audio" if self.source.passthrough else ""
+        sound = ", audio" if self.source.passthrough and self.source.passthrough.sound else ""
         return (f"Clip({info.width}x{info.height}, {show_rate(info.rate)} fps, "
                 f"{show_duration(float(self.duration))}{sound})")  # fmt: skip

@@ -4,7 +4,9 @@ Written out in PyTorch, not left to swscale: swscale rounds 8-bit video twice an
 when asked for 16-bit RGB. Here one formula serves every bit depth, and the tests compare it with values
 computed by hand.
 
-Matrix, primaries and transfer are kept as the integers of ITU-T H.273, the ones every codec writes.
+Matrix, primaries and transfer are kept as the integers of ITU-T H.273, the ones every codec writes. Where chroma
+samples sit is kept too, by FFmpeg's names: H.26x puts them left of centre unless a stream says otherwise, JPEG in
+the centre, UHD discs at the top left. The range has no part in that.
 """
 
 from dataclasses import dataclass, replace
@@ -16,9 +18,11 @@ from jaxtyping import Float
 from torch import Tensor
 
 from frameloom.errors import InputError
+from frameloom.video.pixels import components, fill, frame_of, layout_of, plain, repack, same_numbers
 
 UNSPECIFIED = 2
 RGB, BT709, BT601, BT2020 = 0, 1, 6, 9
+LINEAR, SRGB = 8, 13
 
 # (K_R, K_B) of Y' = K_R R' + (1 - K_R - K_B) G' + K_B B', by H.273 matrix code.
 _LUMA = {
@@ -30,13 +34,28 @@ _LUMA = {
     BT2020: (0.2627, 0.0593),
 }
 
+# Where a chroma sample sits among the pixels that share it, (across, down): 0 at the first, 1/2 midway, 1 at the last.
+SITINGS = {
+    "left": (0.0, 0.5),
+    "center": (0.5, 0.5),
+    "topleft": (0.0, 0.0),
+    "top": (0.5, 0.0),
+    "bottomleft": (0.0, 1.0),
+    "bottom": (0.5, 1.0),
+}
+
+_TAGS = ("colorspace", "color_range", "color_primaries", "color_trc")
+# Bilinear, and SWS_STRICT: an error in place of a guess where something is unsaid.
+_STRICT = 2 | 1 << 11
+
 
 @dataclass(frozen=True)
 class Colour:
     """How the numbers of a picture mean light.
 
     `matrix`, `primaries` and `transfer` are H.273 codes. `full_range` is True when black and white are 0 and
-    2^depth - 1, False for the studio range (16 and 235 at 8 bit). `depth` is bits per component.
+    2^depth - 1, False for the studio range (16 and 235 at 8 bit). `depth` is bits per component, `siting` one of
+    `SITINGS` ("left" where no chroma is shared).
     """
 
     matrix: int = BT709
@@ -44,23 +63,27 @@ class Colour:
     primaries: int = UNSPECIFIED
     transfer: int = UNSPECIFIED
     depth: int = 8
+    siting: str = "left"
 
     @staticmethod
-    def of(frame: av.VideoFrame) -> "Colour":
-        """What a decoded frame says of itself; an unsaid matrix follows the picture's size, as players do."""
-        depth = max(component.bits for component in frame.format.components)
-        if frame.format.is_rgb or frame.format.has_palette:
-            depth = 8 if frame.format.has_palette else depth
-            return Colour(RGB, True, int(frame.color_primaries), int(frame.color_trc), depth)
+    def of(frame: av.VideoFrame, siting: str = "left") -> "Colour":
+        """What a decoded frame says of itself; an unsaid matrix follows the picture's size, as players do, and
+        chroma sits at `siting` where it does not say."""
+        layout = layout_of(frame.format.name)
+        primaries, transfer = int(frame.color_primaries), int(frame.color_trc)
+        if layout.model != "yuv" or layout.across == layout.down == 1:
+            siting = "left"
+        if layout.model == "rgb":
+            return Colour(RGB, True, primaries, SRGB if _is_linear(frame) else transfer, layout.depth)
         matrix = int(frame.colorspace)
         if matrix in (UNSPECIFIED, RGB, 3):
             matrix = BT709 if frame.width >= 1280 or frame.height > 576 else BT601
         if matrix not in _LUMA:
             raise InputError(f"the picture's colour matrix (H.273 code {matrix}) is not one of BT.601, 709, 2020")
         # "yuvj" is the old way to say full range; grey without a tag comes from still pictures.
-        untagged_grey = len(frame.format.components) <= 2 and int(frame.color_range) == 0
+        untagged_grey = layout.model == "gray" and int(frame.color_range) == 0
         full = int(frame.color_range) == 2 or frame.format.name.startswith("yuvj") or untagged_grey
-        return Colour(matrix, full, int(frame.color_primaries), int(frame.color_trc), depth)
+        return Colour(matrix, full, primaries, transfer, layout.depth, _siting(frame) or siting)
 
     def as_video(self) -> "Colour":
         """The same light as Y'CbCr: what an RGB picture becomes when a video codec stores it (BT.709, studio)."""
@@ -75,111 +98,130 @@ class Colour:
         return 16 * unit, 219 * unit, 128 * unit, 224 * unit
 
 
-def _plane(frame: av.VideoFrame, index: int, columns: int, dtype: type) -> np.ndarray:
-    """One plane as an array (rows, columns), without the padding at the end of each line."""
-    plane = frame.planes[index]
-    lines = np.frombuffer(plane, dtype).reshape(-1, plane.line_size // np.dtype(dtype).itemsize)
-    return lines[: plane.height, :columns]
+def _is_linear(frame: av.VideoFrame) -> bool:
+    """RGB in proportion to light, as in OpenEXR; it is shown through the sRGB curve."""
+    return layout_of(frame.format.name).model == "rgb" and int(frame.color_trc) == LINEAR
 
 
-def _canonical(frame: av.VideoFrame) -> str:
-    """The planar or packed-RGB format, losslessly reachable, in which `rgb_from_native` reads this frame."""
-    fmt = frame.format
-    depth = max(component.bits for component in fmt.components)
-    alpha = any(component.is_alpha for component in fmt.components) or fmt.name in ("pal8", "bgra", "rgba")
-    if fmt.has_palette or fmt.is_rgb:
-        if alpha:
-            return "rgba" if depth <= 8 else "rgba64le"
-        return "rgb24" if depth <= 8 else "rgb48le"
-    suffix = "" if depth <= 8 else f"{10 if depth <= 10 else 12 if depth <= 12 else 16}le"
-    if len(fmt.components) <= 2:
-        return ("ya8" if depth <= 8 else "ya16le") if alpha else f"gray{suffix}"
-    right, down = fmt.components[1].width, fmt.components[1].height
-    half_w, half_h = right < fmt.width, down < fmt.height
-    layout = "420" if half_w and half_h else "422" if half_w else "444"
-    return f"yuv{'a' if alpha else ''}{layout}p{suffix}"
+def _siting(frame: av.VideoFrame) -> str | None:
+    """Where the decoder says that chroma sits, None if it does not. PyAV has no field for it, but libswscale heeds
+    it: enlarge a step of chroma and look how far the pixel behind the step is on its way."""
+    layout = layout_of(frame.format.name)
+    if layout.across == layout.down == 1:
+        return None
+    probe = plain(frame)
+    probe.make_writable()  # a decoder may still predict from this frame
+    planes = [bytes(plane) for plane in probe.planes]
+    said = {name: getattr(probe, name) for name in _TAGS}
+    top = 2**layout.depth - 1
+    for index, edge in ((1, (slice(None), slice(1))), (2, (slice(1), slice(None)))):
+        step = np.full((probe.planes[index].height, probe.planes[index].width), top, layout.dtype)
+        step[edge] = 0
+        fill(probe.planes[index], step)
+    for name in _TAGS:  # the one thing that may be unsaid is the place of chroma
+        setattr(probe, name, BT709)
+    try:
+        larger = replace(layout, across=1, down=1).name
+        wanted = {f"dst_{name}": BT709 for name in _TAGS}
+        large = probe.reformat(format=larger, interpolation=_STRICT, **wanted)
+    except (av.error.FFmpegError, ValueError):
+        return None
+    finally:
+        for name, value in said.items():
+            setattr(probe, name, value)
+        for plane, content in zip(probe.planes, planes, strict=True):
+            plane.update(content)
+    _, cb, cr, *_ = components(large)
+
+    def place(line: np.ndarray, shared: int) -> float | None:
+        # The second pixel is (1 - s) / shared of the way to the second sample, s being the place of the first one.
+        if shared == 1 or len(line) <= shared:
+            return None
+        away = 1 - shared * float(line[1]) / float(line[-1] or 1)
+        return round(2 * min(1.0, away / (shared - 1))) / 2
+
+    seen = place(cb[0], layout.across), place(cr[:, 0], layout.down)
+    for name, site in SITINGS.items():
+        if all(is_at is None or is_at == at for is_at, at in zip(seen, site, strict=True)):
+            return name
+    return None
 
 
-def _upsample(chroma: Tensor, rows: int, columns: int, centred: bool) -> Tensor:
-    """Halved chroma back to (rows, columns), linearly; samples sit left (video) or centred (JPEG), MPEG-2 rules."""
-    if chroma.shape[0] < rows:
-        before = torch.cat([chroma[:1], chroma[:-1]])
-        after = torch.cat([chroma[1:], chroma[-1:]])
-        chroma = torch.stack([0.75 * chroma + 0.25 * before, 0.75 * chroma + 0.25 * after], 1).flatten(0, 1)[:rows]
-    if chroma.shape[1] < columns:
-        before = torch.cat([chroma[:, :1], chroma[:, :-1]], 1)
-        after = torch.cat([chroma[:, 1:], chroma[:, -1:]], 1)
-        if centred:
-            pair = [0.75 * chroma + 0.25 * before, 0.75 * chroma + 0.25 * after]
-        else:
-            pair = [chroma, 0.5 * (chroma + after)]
-        chroma = torch.stack(pair, 2).flatten(1, 2)[:, :columns]
-    return chroma
+def _upsample(chroma: Tensor, axis: int, shared: int, site: float, length: int) -> Tensor:
+    """Chroma samples, each shared by `shared` pixels along `axis`, back to `length` of them, linearly."""
+    if shared == 1:
+        return chroma
+    count = chroma.shape[axis]
+    first, last = chroma.narrow(axis, 0, 1), chroma.narrow(axis, count - 1, 1)
+    before = torch.cat([first, chroma.narrow(axis, 0, count - 1)], axis)
+    after = torch.cat([chroma.narrow(axis, 1, count - 1), last], axis)
+    phases = []
+    for pixel in range(shared):
+        away = (pixel - site * (shared - 1)) / shared
+        neighbour = before if away < 0 else after
+        phases.append(chroma if away == 0 else torch.lerp(chroma, neighbour, abs(away)))
+    return torch.stack(phases, axis + 1).flatten(axis, axis + 1).narrow(axis, 0, length)
 
 
-def _downsample(chroma: Tensor, half_rows: bool, half_columns: bool) -> Tensor:
-    """The reverse: vertical mean of two, horizontal [1 2 1] / 4 at the left-sited sample."""
-    if half_rows:
-        if chroma.shape[0] % 2:
-            chroma = torch.cat([chroma, chroma[-1:]])
-        chroma = 0.5 * (chroma[0::2] + chroma[1::2])
-    if half_columns:
-        if chroma.shape[1] % 2:
-            chroma = torch.cat([chroma, chroma[:, -1:]], 1)
-        even, odd = chroma[:, 0::2], chroma[:, 1::2]
-        left = torch.cat([even[:, :1], odd[:, :-1]], 1)
-        chroma = 0.5 * even + 0.25 * (left + odd)
-    return chroma
+def _downsample(values: Tensor, axis: int, shared: int, site: float) -> Tensor:
+    """The reverse: the mean of the sharing pixels where the sample sits midway, a triangle around it elsewhere
+    (1 2 1 for two)."""
+    if shared == 1:
+        return values
+    count = -(-values.shape[axis] // shared)
+    if site == 0.5:
+        weights, begin = [1.0] * shared, 0
+    else:
+        weights = [float(shared - abs(j)) for j in range(1 - shared, shared)]
+        begin = round(site * (shared - 1)) - (shared - 1)
+    edge = torch.arange(begin, begin + (count - 1) * shared + len(weights)).clamp(0, values.shape[axis] - 1)
+    padded = values.index_select(axis, edge)
+    total = torch.zeros_like(padded.narrow(axis, 0, count))
+    for offset, weight in enumerate(weights):
+        taken = [slice(None)] * values.ndim
+        taken[axis] = slice(offset, offset + (count - 1) * shared + 1, shared)
+        total += weight * padded[tuple(taken)]
+    return total / sum(weights)
 
 
-def _drop_alpha(opacity: np.ndarray, depth: int) -> None:
-    if int(opacity.min()) < 2**depth - 1:
+def _check_opaque(opacity: np.ndarray, top: float) -> None:
+    if float(opacity.min()) < top:
         raise InputError("the picture has transparency, which a video cannot keep; flatten it onto a background first")
 
 
 def rgb_from_native(frame: av.VideoFrame, colour: Colour) -> Float[Tensor, "3 h w"]:
-    """RGB in [0, 1], float32, of a decoded frame of any pixel format.
+    """RGB in [0, 1], float32, of a decoded frame of any pixel format. Linear light is given the sRGB curve.
 
     Raises InputError when the frame has an alpha channel that is not opaque throughout.
     """
-    name = _canonical(frame)
-    if frame.format.name.replace("yuvj", "yuv") != name:
-        frame = frame.reformat(format=name)
+    layout = layout_of(frame.format.name)
+    values = components(frame)
+    top = 1.0 if layout.floating else float(2**layout.depth - 1)
+    if layout.alpha:
+        _check_opaque(values.pop(), top)
     height, width = frame.height, frame.width
-    depth = max(component.bits for component in frame.format.components)
-    dtype = np.uint8 if depth <= 8 else np.uint16
+    first, *others = (torch.from_numpy(np.ascontiguousarray(part).astype(np.float32)) for part in values)
 
-    if name.startswith("rgb"):
-        channels = 4 if "a" in name else 3
-        packed = _plane(frame, 0, width * channels, dtype).reshape(height, width, channels)
-        if channels == 4:
-            _drop_alpha(packed[..., 3], depth)
-        rgb = torch.from_numpy(np.ascontiguousarray(packed[..., :3].transpose(2, 0, 1)).astype(np.float32))
-        return rgb / float(2**depth - 1)
+    if layout.model == "rgb":
+        rgb = torch.stack([first, *others]).div_(top).clamp_(0, 1)
+        return _srgb(rgb) if _is_linear(frame) else rgb
 
-    black, luma_span, zero, chroma_span = replace(colour, depth=depth).levels()
+    black, luma_span, zero, chroma_span = replace(colour, depth=layout.depth).levels()
+    if layout.floating:
+        black, luma_span = 0.0, 1.0
+    y = (first - black) / luma_span
+    if layout.model == "gray":
+        return y.clamp(0, 1).expand(3, -1, -1).contiguous()
 
-    def read(index: int, columns: int) -> Tensor:
-        return torch.from_numpy(_plane(frame, index, columns, dtype).astype(np.float32))
-
-    if name.startswith(("gray", "ya")):
-        if name.startswith("ya"):
-            pair = _plane(frame, 0, width * 2, dtype).reshape(height, width, 2)
-            _drop_alpha(pair[..., 1], depth)
-            luma = torch.from_numpy(pair[..., 0].astype(np.float32))
-        else:
-            luma = read(0, width)
-        return ((luma - black) / luma_span).clamp(0, 1).expand(3, -1, -1).contiguous()
-
-    if name.startswith("yuva"):
-        _drop_alpha(_plane(frame, 3, width, dtype), depth)
     k_r, k_b = _LUMA[colour.matrix]
     k_g = 1 - k_r - k_b
-    columns = frame.format.components[1].width
-    y = (read(0, width) - black) / luma_span
-    centred = colour.full_range
-    cb = _upsample((read(1, columns) - zero) / chroma_span, height, width, centred)
-    cr = _upsample((read(2, columns) - zero) / chroma_span, height, width, centred)
+    across, down = SITINGS[colour.siting]
+
+    def full_size(chroma: Tensor) -> Tensor:
+        chroma = _upsample((chroma - zero) / chroma_span, 0, layout.down, down, height)
+        return _upsample(chroma, 1, layout.across, across, width)
+
+    cb, cr = map(full_size, others)
     rgb = torch.empty(3, height, width)
     torch.add(y, cr, alpha=2 * (1 - k_r), out=rgb[0])
     torch.add(y, cb, alpha=-2 * k_b * (1 - k_b) / k_g, out=rgb[1]).add_(cr, alpha=-2 * k_r * (1 - k_r) / k_g)
@@ -187,43 +229,53 @@ def rgb_from_native(frame: av.VideoFrame, colour: Colour) -> Float[Tensor, "3 h 
     return rgb.clamp_(0, 1)
 
 
-def _fill(frame: av.VideoFrame, index: int, values: np.ndarray) -> None:
-    """Write an array (rows, columns) into a plane, padding each line to the plane's own length."""
-    plane = frame.planes[index]
-    lines = np.zeros((values.shape[0], plane.line_size // values.itemsize), values.dtype)
-    lines[:, : values.shape[1]] = values
-    plane.update(lines)
+def _srgb(light: Tensor) -> Tensor:
+    """The sRGB curve (IEC 61966-2-1) of linear light in [0, 1]."""
+    return torch.where(light <= 0.0031308, 12.92 * light, 1.055 * light.clamp_min(1e-8) ** (1 / 2.4) - 0.055)
 
 
 def native_from_rgb(rgb: Float[Tensor, "3 h w"], pix_fmt: str, colour: Colour) -> av.VideoFrame:
-    """A frame of `pix_fmt` (planar Y'CbCr of 8 to 12 bit, rgb24 or rgb48le) tagged with `colour`.
+    """A frame of any integer format without alpha, tagged with `colour`.
 
     `colour.depth` is taken from the format. Values outside [0, 1] are clamped.
     """
     _, height, width = rgb.shape
-    frame = av.VideoFrame(width, height, pix_fmt)
-    depth = max(component.bits for component in frame.format.components)
-    dtype = np.uint8 if depth <= 8 else np.uint16
+    layout = layout_of(pix_fmt)
+    top = 2**layout.depth - 1
     rgb = rgb.detach().to("cpu", torch.float32).clamp(0, 1)
-    if frame.format.is_rgb:
-        top = 2**depth - 1
-        _fill(frame, 0, (rgb * top).round().permute(1, 2, 0).reshape(height, -1).numpy().astype(dtype))
-        return tag(frame, replace(colour, matrix=RGB, full_range=True))
 
-    colour = replace(colour.as_video(), depth=depth)
+    def codes(values: Tensor) -> np.ndarray:
+        return values.round().clamp(0, top).numpy().astype(layout.dtype)
+
+    if layout.model == "rgb":
+        colour = replace(colour, matrix=RGB, full_range=True)
+        return tag(frame_of([codes(channel * top) for channel in rgb], pix_fmt, height, width), colour)
+
+    colour = replace(colour.as_video(), depth=layout.depth)
     black, luma_span, zero, chroma_span = colour.levels()
     k_r, k_b = _LUMA[colour.matrix]
     r, g, b = rgb
     y = r * k_r + g * (1 - k_r - k_b) + b * k_b
-    fmt = frame.format
-    halves = fmt.components[1].height < height, fmt.components[1].width < width
-    cb = _downsample((b - y) / (2 * (1 - k_b)), *halves)
-    cr = _downsample((r - y) / (2 * (1 - k_r)), *halves)
-    top = 2**depth - 1
-    _fill(frame, 0, (y * luma_span + black).round().clamp(0, top).numpy().astype(dtype))
-    _fill(frame, 1, (cb * chroma_span + zero).round().clamp(0, top).numpy().astype(dtype))
-    _fill(frame, 2, (cr * chroma_span + zero).round().clamp(0, top).numpy().astype(dtype))
-    return tag(frame, colour)
+    values = [codes(y * luma_span + black)]
+    if layout.model == "yuv":
+        across, down = SITINGS[colour.siting]
+        for difference in ((b - y) / (2 * (1 - k_b)), (r - y) / (2 * (1 - k_r))):
+            chroma = _downsample(_downsample(difference, 0, layout.down, down), 1, layout.across, across)
+            values.append(codes(chroma * chroma_span + zero))
+    return tag(frame_of(values, pix_fmt, height, width), colour)
+
+
+def as_native(frame: av.VideoFrame, given: Colour, pix_fmt: str, wanted: Colour) -> av.VideoFrame | None:
+    """A decoded frame as `pix_fmt` with not a number changed; None where that cannot be.
+
+    Raises InputError for a frame with transparency.
+    """
+    if given != wanted or not same_numbers(frame.format.name, pix_fmt) or _is_linear(frame):
+        return None
+    layout = layout_of(frame.format.name)
+    if layout.alpha:
+        _check_opaque(components(frame)[-1], float(2**layout.depth - 1))
+    return repack(frame, pix_fmt)
 
 
 def tag(frame: av.VideoFrame, colour: Colour) -> av.VideoFrame:

@@ -5,6 +5,8 @@ from bisect import bisect_left
 from collections.abc import Sequence
 from fractions import Fraction
 
+import numpy as np
+
 from frameloom.errors import InputError
 
 MAX_RATE = 100_000
@@ -95,3 +97,40 @@ def show_duration(seconds: float) -> str:
         return f"{seconds:.1f} s"
     minutes, rest = divmod(round(seconds), 60)
     return f"{minutes} min {rest:02d} s" if minutes < 60 else f"{minutes // 60} h {minutes % 60:02d} min"
+
+
+# Rates that cameras, discs and screens have: whole numbers, halves of the small ones, and the NTSC family.
+_STANDARD = sorted(
+    {Fraction(n) for n in range(1, 241)}
+    | {Fraction(n, 2) for n in range(1, 60)}
+    | {Fraction(n * 1000, 1001) for n in (12, 15, 24, 30, 48, 60, 72, 90, 96, 120, 144, 240)}
+)
+
+
+def standard_rate(stamps: np.ndarray, tick: Fraction, nominal: list[Fraction]) -> tuple[Fraction, bool]:
+    """The frame rate that time stamps stand for, and whether they keep to it.
+
+    A container rounds instants to its tick, so a regular rate shows as at most one tick of jitter; within that the
+    rate that cameras have is meant, not the fraction that the rounding made of it (19001/317 is 60000/1001).
+
+    Args:
+        stamps: rising whole numbers of `tick` seconds, the first 0.
+        nominal: what the headers say, the most trustworthy first; not believed without the stamps' consent.
+
+    Returns:
+        (rate, True), or the average rate and False.
+    """
+    count = len(stamps)
+    if count < 2:
+        return (nominal[0] if nominal else Fraction(25)), True
+    span = int(stamps[-1]) * tick
+    mean = Fraction(count - 1) / span if span else Fraction(nominal[0] if nominal else 25)
+
+    def fits(rate: Fraction) -> bool:
+        return bool(np.abs(stamps - np.arange(count) / float(rate * tick)).max() <= 1.0)
+
+    meant = next((rate for rate in nominal if fits(rate)), mean)
+    for rate in sorted(_STANDARD, key=lambda rate: abs(rate - meant))[:3]:
+        if abs(rate / meant - 1) < Fraction(1, 10_000 if meant is not mean else 100) and fits(rate):
+            return rate, True
+    return meant, fits(meant)

@@ -233,7 +233,9 @@ class Conventional(SectionedCodec):
                     coded.pts = packet.frame
                     coded.time_base = 1 / header.rate
                 for native in context.decode(coded):
-                    if (native.width, native.height, native.format.name) != (width, height, layout):
+                    # "yuvj" is how FFmpeg names full-range pictures of the same layout.
+                    found = native.format.name.replace("yuvj", "yuv")
+                    if (native.width, native.height, found) != (width, height, layout):
                         raise InputError("section 'stream' is damaged; it holds another video")
                     if native.pts >= key:
                         yield native

@@ -10,6 +10,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from fractions import Fraction
 from functools import partial
 from itertools import pairwise
 from typing import Any
@@ -397,6 +398,9 @@ class LiveSource(Source):
 
     def times(self) -> Sequence:
         return self.base.times()
+
+    def end(self) -> Fraction:
+        return self.base.end()
 
     def frames(self, start: int = 0, stop: int | None = None) -> Iterator[Frame]:
         times = self.base.times()

@@ -159,6 +159,9 @@ class StabilizedSource(Source):
     def times(self) -> Sequence[Fraction]:
         return self.base.times()
 
+    def end(self) -> Fraction:
+        return self.base.end()
+
     def analyse(self, progress: Progress = silent) -> list[_Span]:
         """The shots and their paths: one pass over the video, made once and kept."""
         if self._spans is None:
