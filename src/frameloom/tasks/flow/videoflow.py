@@ -29,7 +29,8 @@ from frameloom.motion.raft import RaftCore, sequence_loss
 from frameloom.motion.update import Aggregate, SKBlock, cell, grid, mask_head, step
 from frameloom.motion.warp import backward_warp
 from frameloom.tasks.flow.learned import RECIPE_SK, SMALL_SK, Learned
-from frameloom.tasks.flow.published import fill, plain, read_state
+from frameloom.tasks.flow.published import fill, plain
+from frameloom.training.published import table
 
 log = logging.getLogger("frameloom")
 
@@ -192,7 +193,7 @@ class VideoFlow(Learned, RaftCore):
     @classmethod
     def load_official(cls, path: Path) -> "VideoFlow":
         """The network of a published checkpoint. Raises InputError for another method's or size's."""
-        size = "paper" if any("init_hidden_state" in key for key in read_state(path)) else "paper-bof"
+        size = "paper" if any("init_hidden_state" in key for key in table(path)) else "paper-bof"
         return fill(cls(PRESETS[size]), cls.id, path, cls.renamed)
 
     @staticmethod
