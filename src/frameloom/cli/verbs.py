@@ -47,6 +47,10 @@ def flow(
     tile: Annotated[
         int | None, typer.Option(help="look at squares of so many pixels: large pictures, little memory")
     ] = None,
+    steps: Annotated[
+        int | None,
+        typer.Option(help="refinements of a flow, for methods that refine; the weights' own number if absent"),
+    ] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="replace a folder that is not empty")] = False,
     weights: options.Weights = None,
     device: options.Device = "cpu",
@@ -65,7 +69,7 @@ def flow(
     clip = reading.open(input)
     terminal.say(terminal.describe(clip, Path(input).name))
     name = chosen(method, "flow")
-    made = verb(clip, name, bidirectional=bidirectional, weights=weights, tile=tile, device=device)
+    made = verb(clip, name, bidirectional=bidirectional, weights=weights, tile=tile, steps=steps, device=device)
     begun = time.perf_counter()
     with terminal.bar("gaps") as progress:
         made.save(folder, format, overwrite=overwrite, progress=progress)

@@ -56,7 +56,7 @@ class Config(RaftConfig):
     start: Literal["branches", "released"] = "branches"
 
 
-PRESETS = {"tiny": Config(**SMALL_SK, gamma=0.8), "paper": Config()}
+PRESETS = {"tiny": Config(**SMALL_SK, gamma=0.8), "paper": Config(centred=True)}
 
 
 class TimeAttention(nn.Module):

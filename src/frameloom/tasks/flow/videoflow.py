@@ -61,8 +61,8 @@ _TINY = SMALL_SK | {"motion": (24, 40, 24, 16, 32), "gamma": 0.8}
 PRESETS = {
     "tiny": Config(**_TINY, memory=16),
     "tiny-bof": Config(**_TINY, variant="bof", memory=0, frames=3),
-    "paper": Config(mask_scale=100.0),
-    "paper-bof": Config(variant="bof", memory=0, frames=3),
+    "paper": Config(mask_scale=100.0, centred=True),
+    "paper-bof": Config(variant="bof", memory=0, frames=3, centred=True),
 }
 
 
