@@ -313,12 +313,15 @@ def shown(key: str) -> str:
     return (key if key.isprintable() else key.encode("unicode_escape").decode())[:80]
 
 
-def fill(model: nn.Module, name: str, path: str | Path, state: dict[str, Tensor]) -> nn.Module:
-    """Put the tensors of a published checkpoint, by the names that they have here, into `model`.
+def fill(make: Callable[[], nn.Module], name: str, path: str | Path, state: dict[str, Tensor]) -> nn.Module:
+    """The network that `make` makes, with the tensors of a published checkpoint by the names that they have here.
+
+    Nothing of its size is made before the tensors are known to fit.
 
     Raises InputError that names the method, the file and the first tensor that does not fit.
     """
-    own = model.state_dict()
+    with torch.device("meta"):
+        own = make().state_dict()
     wrong = [key for key in own.keys() & state.keys() if own[key].shape != state[key].shape]
     if wrong:
         key = min(wrong)
@@ -329,5 +332,6 @@ def fill(model: nn.Module, name: str, path: str | Path, state: dict[str, Tensor]
         if keys:
             more = f" and {len(keys) - 1} more" if len(keys) > 1 else ""
             raise InputError(f"{path}: not a checkpoint of {name}: it {what} {shown(min(keys))}{more}")
+    model = make()
     model.load_state_dict(state, strict=False)
     return model.eval()

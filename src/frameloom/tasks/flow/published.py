@@ -23,10 +23,12 @@ def plain(key: str) -> str | None:
     return None if any(unused) else key
 
 
-def fill(model: nn.Module, name: str, path: Path, rename: Callable[[str], str | None] = plain) -> nn.Module:
-    """Load a published checkpoint into `model`; `rename` gives the name here of a key there.
+def fill(
+    make: Callable[[], nn.Module], name: str, path: Path, rename: Callable[[str], str | None] = plain
+) -> nn.Module:
+    """The network that `make` makes with a published checkpoint in it; `rename` gives the name here of a key there.
 
     Raises InputError that names the method, the file and the first tensor that does not fit.
     """
     state = {rename(key): value for key, value in table(path).items() if rename(key) is not None}
-    return published.fill(model, name, path, state)
+    return published.fill(make, name, path, state)

@@ -206,4 +206,5 @@ class StreamFlow(Learned, RaftCore):
         head = table(path).get("update_block.flow_head.ffn2.2.weight")
         if head is None or len(head) % 2:
             raise InputError(f"{path}: not a checkpoint of streamflow: it has no update_block.flow_head")
-        return fill(cls(replace(PRESETS["paper"], frames=len(head) // 2 + 1)), "streamflow", path)
+        config = replace(PRESETS["paper"], frames=len(head) // 2 + 1)
+        return fill(lambda: cls(config), "streamflow", path)

@@ -194,7 +194,7 @@ class VideoFlow(Learned, RaftCore):
     def load_official(cls, path: Path) -> "VideoFlow":
         """The network of a published checkpoint. Raises InputError for another method's or size's."""
         size = "paper" if any("init_hidden_state" in key for key in table(path)) else "paper-bof"
-        return fill(cls(PRESETS[size]), cls.id, path, cls.renamed)
+        return fill(lambda: cls(PRESETS[size]), cls.id, path, cls.renamed)
 
     @staticmethod
     def renamed(key: str) -> str | None:
