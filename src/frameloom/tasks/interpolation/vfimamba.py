@@ -389,7 +389,12 @@ class VFIMamba(Sized, nn.Module):
 
     @torch.inference_mode()
     def at(
-        self, frame0: Tensor, frame1: Tensor, t: float = 0.5, scale: float | None = None, rotate: bool | None = None
+        self,
+        frame0: Tensor,
+        frame1: Tensor,
+        t: float = 0.5,
+        scale: float | int | None = None,
+        rotate: bool | None = None,
     ) -> Tensor:
         """The frame at time `t` between two frames (3, h, w) or (b, 3, h, w) in [0, 1], of any size.
 
@@ -411,9 +416,9 @@ class VFIMamba(Sized, nn.Module):
             frame = (frame + self(padded.flip(-1, -2), t, scale).frame.flip(-1, -2)) / 2
         return frame[..., top : top + height, left : left + width].float().reshape(frame0.shape)
 
-    def tune(self, scale: float | None, turned: bool | None) -> None:
+    def tune(self, scale: float | int | None, turned: bool | None) -> None:
         """What `at` does from now on if not told otherwise; None leaves it as it is."""
-        wanted = {"scale": scale, "turned": turned}
+        wanted = {"scale": None if scale is None else float(scale), "turned": turned}
         self.config = replace(self.config, **{key: value for key, value in wanted.items() if value is not None})
 
     def scan_macs(self, height: int, width: int) -> int:
