@@ -167,6 +167,14 @@ def test_a_file_that_lies_about_its_numbers_is_refused(tmp_path, lie):
         table(changed)
 
 
+@FORMATS
+def test_a_tensor_larger_than_its_file_is_refused(tmp_path, zipped):
+    bomb = {"w": torch.ones(1).expand(2**20, 2**20)}  # a valid view of four bytes
+    torch.save(bomb, tmp_path / "x.pth", _use_new_zipfile_serialization=zipped)
+    with pytest.raises(InputError, match=r"x\.pth: not a file of tensors"):
+        table(tmp_path / "x.pth")
+
+
 def test_a_file_that_goes_in_circles_ends(tmp_path):
     circle = {"epoch": 1}
     circle["model"] = circle
