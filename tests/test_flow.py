@@ -359,6 +359,76 @@ def test_the_command_looks_in_tiles(tmp_path):
     assert not (tmp_path / "small").exists()
 
 
+@pytest.mark.parametrize("way", ["verb", "python"])
+def test_a_method_that_refines_can_be_told_how_often(tmp_path, way):
+    path = tmp_path / "in.mp4"
+    make(path, moving(2, 64, 96))
+    found = {}
+    for steps in (None, 1, 6):  # the shipped weights refine six times
+        if way == "python":
+            found[steps] = frameloom.flow(frameloom.read(path), "gma", steps=steps).tensor().fwd[0, 0]
+            continue
+        flags = [] if steps is None else ["--steps", str(steps)]
+        result = CliRunner().invoke(app, ["flow", str(path), str(tmp_path / f"{steps}"), "-m", "gma", *flags])
+        assert result.exit_code == 0, result.output
+        found[steps] = read_flow(next((tmp_path / f"{steps}").glob("*.flo")))[0]
+    assert torch.equal(found[None], found[6])
+    assert not torch.equal(found[None], found[1])
+    refused = (
+        ("gma", 0, "--steps 0: a flow takes one step or more; gma takes 6 of itself"),
+        ("gma", -3, "--steps -3: a flow takes"),
+        ("dis", 3, "--steps 3: dis does not refine"),
+    )
+    for method, steps, said in refused:
+        result = CliRunner().invoke(app, ["flow", str(path), str(tmp_path / "no"), "-m", method, "--steps", str(steps)])
+        assert isinstance(result.exception, InputError)
+        assert said in str(result.exception)
+        assert not (tmp_path / "no").exists()
+
+
+def test_pictures_of_a_flow_of_other_steps_are_other_pictures():
+    clip = Clip.from_tensor(scene(2, 48, 64)[0], 8)
+    made = [frameloom.flow(clip, "gma", steps=steps).to_rgb().source.fingerprint() for steps in (1, 2, 1)]
+    assert made[0] == made[2] != made[1]
+
+
+class Centred:
+    """A method that looks at where it was put: its flow is the place of every pixel."""
+
+    multiple, least = 32, 64
+
+    def __init__(self, centred):
+        self.centred = centred
+
+    def stream(self, frames, backward=False):
+        for _, after in itertools.pairwise(frames):
+            assert after.shape[-2:] == (64, 96)
+            x, y = torch.arange(96.0).expand(64, 96), torch.arange(64.0)[:, None].expand(64, 96)
+            yield torch.stack([x, y]), None
+
+
+@pytest.mark.parametrize(("centred", "corner"), [(True, (10, 5)), (False, (0, 0))])
+def test_edges_are_repeated_where_the_method_says(centred, corner):
+    flow = estimate(Centred(centred), scene(2, 53, 75)).fwd[0, 0]
+    assert flow.shape == (2, 53, 75)
+    assert flow[:, 0, 0].tolist() == [float(side) for side in corner]
+    tiled = estimate(Tiled(Centred(centred), 128), scene(2, 53, 75)).fwd[0, 0]
+    assert torch.equal(flow, tiled)
+
+
+@torch.no_grad()
+def test_without_a_chain_every_flow_of_splatflow_looks_back_one_pair():
+    chained, single = made(SplatFlow), made(SplatFlow)
+    single.config = replace(single.config, chained=False)
+    frames = rand(5, 3, 32, 48)
+    found = [[flow for flow, _ in model.stream(iter(frames))] for model in (chained, single)]
+    for number in range(1, 4):  # as if the clip began two frames before
+        triple = [flow for flow, _ in chained.stream(iter(frames[number - 1 : number + 2]))]
+        assert torch.equal(found[1][number], triple[1])
+    assert torch.equal(found[0][1], found[1][1])
+    assert not torch.allclose(found[0][3], found[1][3], atol=1e-4)
+
+
 @torch.no_grad()
 @pytest.mark.parametrize(("kind", "looks", "pairs"), [(StreamFlow, 8, 6), (SplatFlow, 7, 6), (GMA, 12, 6)])
 def test_a_group_costs_one_estimate_a_flow_and_one_look_a_frame(kind, looks, pairs, monkeypatch):
@@ -417,8 +487,8 @@ def test_tensors_come_in_by_their_published_names(method, size, monkeypatch):
             key = key.replace(here, there)
         published[key] = value
     published |= {"att.pos_emb.rel_height.weight": torch.zeros(3), "fnet.svt.norm.weight": torch.zeros(3)}
-    monkeypatch.setattr("frameloom.tasks.flow.published.read_state", lambda path: published)
-    monkeypatch.setattr(f"frameloom.tasks.flow.{method}.read_state", lambda path: published, raising=False)
+    monkeypatch.setattr("frameloom.tasks.flow.published.table", lambda path: published)
+    monkeypatch.setattr(f"frameloom.tasks.flow.{method}.table", lambda path: published, raising=False)
     model = kind.load_official(Path("a file"))
     assert all(torch.equal(value, state[key]) for key, value in model.state_dict().items())
 

@@ -519,7 +519,7 @@ def test_another_checkpoint_is_refused_by_key(official, change, message):
 
 def test_a_file_that_is_no_checkpoint_is_refused(tmp_path):
     (tmp_path / "quant_vid.pth").write_bytes(b"no checkpoint")
-    with pytest.raises(InputError, match=r"quant_vid\.pth: not a checkpoint"):
+    with pytest.raises(InputError, match=r"quant_vid\.pth: not a file of tensors"):
         HNeRV.load_official(tmp_path / "quant_vid.pth")
 
 

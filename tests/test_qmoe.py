@@ -248,7 +248,7 @@ def test_a_published_checkpoint_is_read_and_nothing_in_it_is_run(folders, tmp_pa
     sample = samples(1)[0]
     assert torch.equal(logits(load(theirs), sample), logits(load(tmp_path / "mine"), sample))
     torch.save({"x": print}, theirs / "exp02.pt")
-    with pytest.raises(InputError, match=r"exp02.pt: cannot be read as plain tensors"):
+    with pytest.raises(InputError, match=r"exp02.pt: holds no flat table of tensors"):
         load(theirs)
 
 

@@ -490,7 +490,7 @@ def test_a_layer_that_tutel_saved_on_four_ranks_opens_on_one(tmp_path):
     with pytest.raises(InputError, match="are not 2 experts"):
         from_tutel(read_tutel(paths[:3]), prefix)
     paths[0].write_bytes(b"no checkpoint")
-    with pytest.raises(InputError, match="not a checkpoint of tensors"):
+    with pytest.raises(InputError, match="not a file of tensors"):
         read_tutel(paths)
 
 

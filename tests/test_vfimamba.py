@@ -208,7 +208,9 @@ def published(model):
 
 
 def test_published_checkpoint_loads_strictly_and_sets_the_size(tmp_path):
-    config = replace(PRESETS["small"], depths=(2, 2, 2, 3, 1), unmerge="released")
+    config = replace(
+        PRESETS["small"], depths=(2, 2, 2, 3, 1), unmerge="released", shuffle="twice", bgr=True, centred=True
+    )
     model = VFIMamba(config)
     torch.save(published(model), tmp_path / "VFIMamba_S.pkl")
     loaded = VFIMamba.load_official(tmp_path / "VFIMamba_S.pkl")
@@ -227,10 +229,11 @@ BROKEN = {
     "unknown": (lambda state: state | {"module.extra": torch.ones(1)}, "it has an unknown extra"),
     "shape": (
         lambda state: state | {"module.unet.conv.bias": torch.ones(4)},
-        "it has the wrong shape of unet.conv.bias",
+        r"unet.conv.bias is \[4\] there and \[3\] here",
     ),
     "other": (lambda state: {"weight": torch.ones(2)}, "not a VFIMamba checkpoint"),
-    "nested": (lambda state: {"state_dict": state}, "no flat table of tensors"),
+    "number": (lambda state: state | {"module.feature_bone.block0.conv.0.weight": torch.ones(())}, "not a VFIMamba"),
+    "list": (lambda state: list(state.values()), "no flat table of tensors"),
 }
 
 

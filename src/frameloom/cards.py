@@ -35,7 +35,8 @@ class Card:
     keeps under the same protocol. `auto` marks the one that `--method auto` takes: what measures best, on real footage,
     of all that is installed. `entry` is `"module:Class"` of the method file. `paper_parameters` is the
     published size that the `paper` preset must reproduce, to `paper_tolerance` of itself. `also` are further verbs
-    that it serves. A model that strategies sample from has `makes_video`; `base` is then the name of its shipped
+    that it serves. `parity` says with what of the authors' own code, and how nearly, published weights agree here.
+    A model that strategies sample from has `makes_video`; `base` is then the name of its shipped
     weights, and for a strategy the name of the model that it takes when none is given.
     """
 
@@ -61,6 +62,7 @@ class Card:
     limits: str = ""
     published_weights: str = ""
     published_licence: str = ""
+    parity: str = ""
     weights: Weights | None = field(default=None)
 
     @property

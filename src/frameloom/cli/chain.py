@@ -13,7 +13,8 @@ if TYPE_CHECKING:
 
 # What each verb of a chain takes: the name of its bare word, then its named settings with their readers.
 VERBS = {
-    "interpolate": ("fps", {"fps": str, "method": str, "weights": str, "tile": int, "steps": int, "seed": int}),
+    "interpolate": ("fps", {"fps": str, "method": str, "weights": str, "tile": int, "steps": int, "seed": int,
+                            "flow_scale": float}),
     "stabilize": ("smoothness", {"smoothness": float, "method": str, "weights": str}),
     "compress": ("method", {"method": str, "size": lambda text: parse_size(text), "bpp": float, "quality": str,
                             "epochs": int, "minutes": float, "base": str, "preset": str, "fit": str,

@@ -134,7 +134,7 @@ def between(first: Path, last: Path, output: Path, method: str, weights: str | N
 
 
 def middle(first: Path, last: Path, output: Path, method: str, weights: str | None, steps: int | None, seed: int,
-           device: str, json: bool) -> None:  # fmt: skip
+           flow_scale: float | int | None, turned: bool | None, device: str, json: bool) -> None:  # fmt: skip
     """Write the picture halfway between two pictures, under its name only when it is whole."""
     import os
     import time
@@ -145,13 +145,13 @@ def middle(first: Path, last: Path, output: Path, method: str, weights: str | No
     from frameloom.cli import terminal
     from frameloom.errors import InputError
     from frameloom.motion.dis import pixels
-    from frameloom.tasks.interpolation.base import sampling
+    from frameloom.tasks.interpolation.base import sampling, tuned
     from frameloom.training.pretrained import load
 
     if output.suffix.lower() not in (".png", ".jpg", ".jpeg", ".webp"):
         raise InputError(f"--out {output}: {method} makes the one picture between two; name a .png, .jpg or .webp")
     begun = time.perf_counter()
-    made = sampling(load(method, weights, device=device), method, steps, seed)
+    made = tuned(sampling(load(method, weights, device=device), method, steps, seed), method, flow_scale, turned)
     if not hasattr(made, "between"):
         raise InputError(f"--method {method}: takes videos, not two pictures; take another")
     pair = [picture(path).to(device) for path in (first, last)]

@@ -19,6 +19,13 @@ Method = Annotated[str, Option("--method", "-m", help="which method; auto is the
 Weights = Annotated[str | None, Option(help="a folder, a published checkpoint or a hub id; shipped weights if absent")]
 Device = Annotated[str, Option(help="where to compute: cpu, cuda, cuda:1")]
 Steps = Annotated[int | None, Option(help="steps of sampling; the model's own number if absent")]
+FlowScale = Annotated[
+    float | None, Option(help="seek motion at 0.5 or 0.25 of the size first (vfimamba; 2K and 4K pictures)")
+]
+Turned = Annotated[
+    bool | None,
+    Option("--turned/--no-turned", help="average with the answer for turned pictures (vfimamba; as its weights say)"),
+]
 Seed = Annotated[int, Option(help="seed of everything random")]
 Json = Annotated[bool, Option("--json", help="print one JSON object on standard output, everything else on error")]
 

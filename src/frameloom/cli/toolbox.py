@@ -75,6 +75,8 @@ def card_lines(card) -> list[str]:
     if card.published_weights:
         licence = f" ({card.published_licence})" if card.published_licence else ""
         lines.append(f"  published  {card.published_weights}{licence}")
+    if card.parity:
+        lines.append(f"  parity     {card.parity}")
     if card.claim:
         lines.append(f"  claim      {card.claim}")
     if card.result:

@@ -47,6 +47,10 @@ def flow(
     tile: Annotated[
         int | None, typer.Option(help="look at squares of so many pixels: large pictures, little memory")
     ] = None,
+    steps: Annotated[
+        int | None,
+        typer.Option(help="refinements of a flow, for methods that refine; the weights' own number if absent"),
+    ] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="replace a folder that is not empty")] = False,
     weights: options.Weights = None,
     device: options.Device = "cpu",
@@ -65,7 +69,7 @@ def flow(
     clip = reading.open(input)
     terminal.say(terminal.describe(clip, Path(input).name))
     name = chosen(method, "flow")
-    made = verb(clip, name, bidirectional=bidirectional, weights=weights, tile=tile, device=device)
+    made = verb(clip, name, bidirectional=bidirectional, weights=weights, tile=tile, steps=steps, device=device)
     begun = time.perf_counter()
     with terminal.bar("gaps") as progress:
         made.save(folder, format, overwrite=overwrite, progress=progress)
@@ -92,6 +96,8 @@ def interpolate(
     ] = None,
     steps: options.Steps = None,
     seed: options.Seed = 0,
+    flow_scale: options.FlowScale = None,
+    turned: options.Turned = None,
     *,
     encoding: options.Encoding,
     resume: options.Resume = False,
@@ -121,12 +127,12 @@ def interpolate(
     if out is not None:
         from frameloom.cli.make import middle
 
-        middle(Path(input), output, out, name, weights, steps, seed, device, json)
+        middle(Path(input), output, out, name, weights, steps, seed, flow_scale, turned, device, json)
         return
     clip = reading.open(input)
     terminal.say(terminal.describe(clip, Path(input).name))
     made = verb(clip, fps, name, slow=slow, weights=weights, device=device, tile=tile, dedupe=dedupe, strict=strict,
-                steps=steps, seed=seed)  # fmt: skip
+                steps=steps, seed=seed, flow_scale=flow_scale, turned=turned)  # fmt: skip
     terminal.say(f"{name} on {device}, {len(clip):,} frames to {len(made):,}")
     finish(made, output, encoding, resume=resume, json=json, extra={"method": name})
 

@@ -11,12 +11,13 @@ class RaftConfig:
     `stem`: widths of the encoder's stages (three for `basic`, two for `twins`), at `stride` pixels a cell. `motion`:
     widths of the motion encoder: correlations first and then, flow first and then, and what comes out. `radius`,
     `levels`: of the correlation lookup. `kernels`, `cell_kernels`: depthwise sizes of SK blocks. `iterations`: in
-    training; `refinements`: in use. `mask_scale` softens the upsampling weights. `begins`: the flow before the first
-    refinement; the papers begin at zero, but what `dis` finds needs no learning; a network of this size learns in
-    minutes to mend it. In use, not in training, `frameloom.motion.mend` does its part first, and `trust` counts: what
-    `dis` finds there and back within so many pixels is kept as it is (0: nothing is), for such a network blurs what is
-    right. `stress`: how much more a pixel counts in training that the next frame hides; they are few, and methods
-    differ in nothing else.
+    training; `refinements`: in use. `centred`: in use, edges that make the sides of a picture fit are repeated on both
+    sides, as the published code does it, and not to the right and below alone. `mask_scale` softens the upsampling
+    weights. `begins`: the flow before the first refinement; the papers begin at zero, but what `dis` finds needs no
+    learning; a network of this size learns in minutes to mend it. In use, not in training, `frameloom.motion.mend` does
+    its part first, and `trust` counts: what `dis` finds there and back within so many pixels is kept as it is (0:
+    nothing is), for such a network blurs what is right. `stress`: how much more a pixel counts in training that the
+    next frame hides; they are few, and methods differ in nothing else.
     """
 
     encoder: Literal["basic", "twins"] = "basic"
@@ -37,6 +38,7 @@ class RaftConfig:
     cell_kernels: tuple[int, ...] = (1, 7)
     iterations: int = 12
     refinements: int = 12
+    centred: bool = False
     mask_scale: float = 0.25
     begins: Literal["zero", "dis"] = "zero"
     trust: float = 0.0

@@ -13,6 +13,7 @@ Kernels", NeurIPS 2022, arXiv 2205.14623.
 """
 
 from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import replace
 from typing import NamedTuple
 
 import torch
@@ -56,7 +57,8 @@ def sequence_loss(
 class RaftCore(nn.Module):
     """Encoders and correlations, which every method shares; a method adds its update block and its policy.
 
-    `multiple`: what the sides of a picture must be divisible by; `least`: the shortest side that it sees anything in.
+    `multiple`: what the sides of a picture must be divisible by; `least`: the shortest side that it sees anything in;
+    `centred`: whether edges are repeated on both sides to get there; `steps`: refinements in use.
     """
 
     multiple = 8
@@ -78,6 +80,18 @@ class RaftCore(nn.Module):
     @property
     def least(self) -> int:
         return self.config.least
+
+    @property
+    def centred(self) -> bool:
+        return self.config.centred
+
+    @property
+    def steps(self) -> int:
+        return self.config.refinements
+
+    @steps.setter
+    def steps(self, count: int) -> None:
+        self.config = replace(self.config, refinements=count)
 
     def features(self, video: Float[Tensor, "b t 3 h w"]) -> Float[Tensor, "b t c h2 w2"]:
         """What is matched, of frames in [0, 1]."""

@@ -13,7 +13,6 @@ rank: `experts.batched_fc1_w`, `batched_fc2_w` `(own, H/S, D)`, `batched_fc1_bia
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from pickle import UnpicklingError
 
 import torch
 import torch.distributed as dist
@@ -24,6 +23,7 @@ from frameloom.errors import InputError
 from frameloom.scale.adapt import Shape
 from frameloom.scale.layout import Ranks
 from frameloom.scale.moe import MoE, layers
+from frameloom.training.published import table
 
 State = Mapping[str, Tensor]
 
@@ -104,16 +104,7 @@ def read_tutel(paths: Sequence[Path]) -> list[dict[str, Tensor]]:
 
     Raises InputError naming the file that is none.
     """
-    states = []
-    for path in paths:
-        try:
-            found = torch.load(path, map_location="cpu", weights_only=True)
-        except (OSError, RuntimeError, UnpicklingError, EOFError, ValueError) as error:
-            raise InputError(f"{path}: not a checkpoint of tensors ({type(error).__name__})") from None
-        states.append(found.get("model", found) if isinstance(found, dict) else found)
-        if not isinstance(states[-1], dict):
-            raise InputError(f"{path}: holds no state dictionary")
-    return states
+    return [table(path, prefix="") for path in paths]
 
 
 def distribute(model: nn.Module, mesh: DeviceMesh | dist.ProcessGroup) -> None:

@@ -36,6 +36,7 @@ from frameloom.errors import InputError
 from frameloom.scale.experts import Experts, assign, experts_of, host_of, read_config, shapes, skeleton
 from frameloom.scale.gptq import GRIDS
 from frameloom.scale.ternary import TernaryLinear, dictionary, encode
+from frameloom.training.published import table
 
 VERSION = 1
 TOKENIZER = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "spiece.model", "vocab.json",
@@ -256,12 +257,5 @@ def read_official(folder: str | Path) -> dict[str, Tensor]:
     for path in sorted(Path(folder).glob("*.pt")):
         if path.name == "sizes.pt":
             continue  # lengths of w_comp, for those who allocate first
-        try:
-            found = torch.load(path, map_location="cpu", weights_only=True)
-        except Exception as error:  # noqa: BLE001 - a stranger's pickle can fail in any way
-            raise InputError(f"{path}: cannot be read as plain tensors ({type(error).__name__}); "
-                             "only such files are read") from None  # fmt: skip
-        if not isinstance(found, dict) or not all(isinstance(value, Tensor) for value in found.values()):
-            raise InputError(f"{path}: holds something other than tensors by name")
-        values |= found
+        values |= table(path, prefix="")
     return values

@@ -103,7 +103,8 @@ def _folder(weights: str) -> Path:
 def _from_folder(kind: type, method: str, folder: Path) -> nn.Module:
     for name in ("config.json", "model.safetensors"):
         if not (folder / name).is_file():
-            raise InputError(f"--weights {folder}: holds no {name}")
+            more = "; what its authors published is given as a file" if hasattr(kind, "load_official") else ""
+            raise InputError(f"--weights {folder}: holds no {name}{more}")
     try:
         note = json.loads((folder / "config.json").read_text())
         found, settings = note["method"], note["config"]

@@ -22,6 +22,7 @@ from torch import Tensor
 from frameloom.errors import InputError
 from frameloom.tasks.compression.fitted import Fitted
 from frameloom.tasks.compression.nerv import Config
+from frameloom.training.published import read
 
 
 class HNeRV(Fitted):
@@ -43,11 +44,7 @@ class HNeRV(Fitted):
 
         Raises InputError that names the first key or shape that is not as published.
         """
-        try:
-            stored = torch.load(path, map_location="cpu", weights_only=True)
-        except Exception as error:  # noqa: BLE001 - torch.load raises whatever the damage provokes
-            reason = str(error).partition("\n")[0]
-            raise InputError(f"{path}: not a checkpoint that can be read safely ({reason})") from None
+        stored = read(path)
         if not (isinstance(stored, dict) and isinstance(stored.get("model"), dict)):
             raise InputError(f"{path}: key 'model' is missing; the official file has 'embed' and 'model'")
         with torch.device("meta"):

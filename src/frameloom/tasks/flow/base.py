@@ -47,7 +47,8 @@ class FlowEstimator(Protocol):
 
     `stream(frames, backward)` takes pictures `(3, h, w)` in [0, 1], two or more of one scene, and yields for every
     gap the flow `(2, h, w)` to the next frame and, if `backward`, the one back (else None). `multiple`: what the sides
-    must be divisible by; `least`: the shortest side that it can see anything in.
+    must be divisible by; `least`: the shortest side that it can see anything in. Where there is a `centred` and it is
+    true, edges are repeated on both sides to get there; a method with `steps` can be told how often it refines.
     """
 
     multiple: int
@@ -100,9 +101,11 @@ def gaps(
     waiting.append(first)
     while waiting:
         height, width = size[-2:]
+        left, _, top, _ = _border(height, width, method)
+        window = (..., slice(top, top + height), slice(left, left + width))
         with torch.inference_mode():
             for fwd, bwd in method.stream(scene(waiting.pop()), backward):
-                cropped = [None if flow is None else flow[..., :height, :width].float().cpu() for flow in (fwd, bwd)]
+                cropped = [None if flow is None else flow[window].float().cpu() for flow in (fwd, bwd)]
                 yield Gap(*cropped, True)
         if waiting:
             zero = torch.zeros(2, height, width)
@@ -110,10 +113,15 @@ def gaps(
 
 
 def _padded(frame: Tensor, method: FlowEstimator) -> Tensor:
-    """Edges repeated to the right and below, to sides that the method can take."""
-    height, width = frame.shape[-2:]
-    tall, wide = (max(side + -side % method.multiple, method.least) for side in (height, width))
-    return F.pad(frame[None], (0, wide - width, 0, tall - height), mode="replicate")[0]
+    """Edges repeated to sides that the method can take."""
+    return F.pad(frame[None], _border(*frame.shape[-2:], method), mode="replicate")[0]
+
+
+def _border(height: int, width: int, method: FlowEstimator) -> tuple[int, int, int, int]:
+    """Pixels to repeat at the left, the right, above and below: all at the right and below, or half on each side."""
+    missing = [max(side + -side % method.multiple, method.least) - side for side in (width, height)]
+    first = [more // 2 if getattr(method, "centred", False) else 0 for more in missing]
+    return first[0], missing[0] - first[0], first[1], missing[1] - first[1]
 
 
 def estimate(method: FlowEstimator, video: Float[Tensor, "b t 3 h w"], backward: bool = False) -> Flow:
@@ -135,6 +143,7 @@ def flow(
     bidirectional: bool = False,
     weights: str | None = None,
     tile: int | None = None,
+    steps: int | None = None,
     device: str = "cpu",
 ) -> "FlowClip":
     """The motion of every pixel of a clip from each frame to the next, lazily.
@@ -144,15 +153,24 @@ def flow(
         bidirectional: also from each frame back to the one before.
         weights: for methods that have them; see `frameloom.load`.
         tile: look at squares of so many pixels, one after the other, and blend; None looks at whole pictures.
+        steps: how often a method that refines does so; as the weights say if absent.
 
     Raises:
-        InputError: a single frame, an unknown method, pictures that the method is too coarse for, a tile that is.
+        InputError: a single frame, an unknown method, pictures that the method is too coarse for, a tile that is, steps
+            that the method does not take.
     """
     name = chosen(method, "flow")
     card(name, "flow")
     if len(clip) < 2:
         raise InputError(f"{clip.info.name}: flow needs at least 2 frames, this clip has {len(clip)}")
     made = load(name, weights, device=device)
+    if steps is not None:
+        if not hasattr(made, "steps"):
+            raise InputError(f"--steps {steps}: {name} does not refine step by step; leave it away, or take a method "
+                             "that does, such as gma")  # fmt: skip
+        if steps < 1:
+            raise InputError(f"--steps {steps}: a flow takes one step or more; {name} takes {made.steps} of itself")
+        made.steps = steps
     if isinstance(made, torch.nn.Module) and made.least > 2 * min(clip.info.width, clip.info.height):
         raise InputError(f"{clip.info.name}: {clip.info.width}x{clip.info.height} is too small for {name}; "
                          f"sides of {made.least} or more are wanted")  # fmt: skip
@@ -241,4 +259,5 @@ class _Coloured(Source):
         method = self.made.method
         parts = f" in {method.side}" if isinstance(method, Tiled) else ""
         whole = method.method if isinstance(method, Tiled) else method
-        return f"{self.base.fingerprint()} | flow {type(whole).__name__}{parts}"
+        steps = f" of {whole.steps} steps" if hasattr(whole, "steps") else ""
+        return f"{self.base.fingerprint()} | flow {type(whole).__name__}{steps}{parts}"

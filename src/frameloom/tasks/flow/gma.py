@@ -22,7 +22,7 @@ class Config(RaftConfig):
     attention: bool = True
 
 
-PRESETS = {"tiny": Config(**SMALL), "paper": Config()}
+PRESETS = {"tiny": Config(**SMALL), "paper": Config(centred=True)}
 
 
 class GMA(Learned, TwoFrame):

@@ -50,7 +50,7 @@ class Learned(Sized):
     @classmethod
     def load_official(cls, path: Path) -> RaftCore:
         """The network of a published checkpoint. Raises InputError for another method's or size's."""
-        return fill(cls(cls.presets["paper"]), cls.id, path, cls.renamed)
+        return fill(lambda: cls(cls.presets["paper"]), cls.id, path, cls.renamed)
 
     @staticmethod
     def renamed(key: str) -> str | None:

@@ -1,31 +1,12 @@
-"""Checkpoints as the authors published them: read safely, renamed, compared with what is wanted."""
+"""Checkpoints of flow networks as the authors published them: renamed, compared with what is wanted."""
 
-import pickle
 from collections.abc import Callable
 from pathlib import Path
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 
-from frameloom.errors import InputError
-
-
-def read_state(path: Path) -> dict[str, Tensor]:
-    """The flat table of tensors of a PyTorch file, without `module.` and whatever it is wrapped in.
-
-    Raises InputError for anything else.
-    """
-    try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError) as error:
-        reason = str(error).partition("\n")[0]
-        raise InputError(f"{path}: not a file of tensors ({reason}); give a PyTorch checkpoint") from None
-    for wrapping in ("model", "state_dict"):
-        if isinstance(state, dict) and isinstance(state.get(wrapping), dict):
-            state = state[wrapping]
-    if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
-        raise InputError(f"{path}: holds no flat table of tensors; give a published checkpoint")
-    return {key.removeprefix("module."): value for key, value in state.items()}
+from frameloom.training import published
+from frameloom.training.published import table
 
 
 def plain(key: str) -> str | None:
@@ -42,22 +23,12 @@ def plain(key: str) -> str | None:
     return None if any(unused) else key
 
 
-def fill(model: nn.Module, name: str, path: Path, rename: Callable[[str], str | None] = plain) -> nn.Module:
-    """Load a published checkpoint into `model`; `rename` gives the name here of a key there.
+def fill(
+    make: Callable[[], nn.Module], name: str, path: Path, rename: Callable[[str], str | None] = plain
+) -> nn.Module:
+    """The network that `make` makes with a published checkpoint in it; `rename` gives the name here of a key there.
 
     Raises InputError that names the method, the file and the first tensor that does not fit.
     """
-    state = {rename(key): value for key, value in read_state(path).items() if rename(key) is not None}
-    own = model.state_dict()
-    wrong = [key for key in own.keys() & state.keys() if own[key].shape != state[key].shape]
-    if wrong:
-        key = min(wrong)
-        raise InputError(f"{path}: does not fit {name}: {key} is {list(state[key].shape)} there and "
-                         f"{list(own[key].shape)} here; a file of another size or method?")  # fmt: skip
-    for what, keys in (("has no", own.keys() - state.keys()), ("has an unknown", state.keys() - own.keys())):
-        keys = {key for key in keys if not key.endswith("num_batches_tracked")}
-        if keys:
-            more = f" and {len(keys) - 1} more" if len(keys) > 1 else ""
-            raise InputError(f"{path}: not a checkpoint of {name}: it {what} {min(keys)}{more}")
-    model.load_state_dict(state, strict=False)
-    return model.eval()
+    state = {rename(key): value for key, value in table(path).items() if rename(key) is not None}
+    return published.fill(make, name, path, state)

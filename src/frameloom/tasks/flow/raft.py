@@ -22,7 +22,7 @@ class Config(RaftConfig):
     """RAFT's sizes."""
 
 
-PRESETS = {"tiny": Config(**SMALL), "paper": Config()}
+PRESETS = {"tiny": Config(**SMALL), "paper": Config(refinements=20, centred=True)}
 
 
 class RAFT(Learned, TwoFrame):

@@ -26,7 +26,7 @@ class Config(RaftConfig):
     attention: bool = True
 
 
-PRESETS = {"tiny": Config(**SMALL_SK), "paper": Config()}
+PRESETS = {"tiny": Config(**SMALL_SK), "paper": Config(refinements=15, centred=True)}
 
 
 class SKFlow(Learned, TwoFrame):

@@ -34,13 +34,18 @@ log = logging.getLogger("frameloom")
 
 @dataclass(frozen=True, kw_only=True)
 class Config(RaftConfig):
-    """GMA's sizes; training takes clips of `frames` frames (the paper: 3)."""
+    """GMA's sizes; training takes clips of `frames` frames (the paper: 3).
+
+    `chained`: in use, what a pair leaves to the next one rests on what the pair before left to it. Without that, as the
+    published code does it, every flow looks back one pair and no further, and a gap costs two passes.
+    """
 
     attention: bool = True
     frames: int = 3
+    chained: bool = True
 
 
-PRESETS = {"tiny": Config(**SMALL, frames=4), "paper": Config()}
+PRESETS = {"tiny": Config(**SMALL, frames=4), "paper": Config(refinements=24, chained=False)}
 
 
 class State(NamedTuple):
@@ -145,8 +150,11 @@ class SplatFlow(Learned, RaftCore):
         before, state = None, None
         for frame in frames:
             if before is not None:
-                flow, state = self.step(before[None], frame[None], state)
-                yield flow[0], self.step(frame[None], before[None])[0][0] if backward else None
+                pair, history = (before[None], frame[None]), state
+                flow, state = self.step(*pair, history)
+                if history is not None and not self.config.chained:
+                    _, state = self.step(*pair)
+                yield flow[0], self.step(*reversed(pair))[0][0] if backward else None
             before = frame
 
     @staticmethod

@@ -29,7 +29,8 @@ from frameloom.motion.raft import RaftCore, sequence_loss
 from frameloom.motion.twins import Mlp
 from frameloom.motion.update import Aggregate, MotionEncoder, cell, flow_head, grid, mask_head, step
 from frameloom.tasks.flow.learned import PAPER_RECIPE, RECIPE_SK, SMALL_SK, Learned
-from frameloom.tasks.flow.published import fill, read_state
+from frameloom.tasks.flow.published import fill
+from frameloom.training.published import table
 
 log = logging.getLogger("frameloom")
 
@@ -55,7 +56,7 @@ class Config(RaftConfig):
     start: Literal["branches", "released"] = "branches"
 
 
-PRESETS = {"tiny": Config(**SMALL_SK, gamma=0.8), "paper": Config()}
+PRESETS = {"tiny": Config(**SMALL_SK, gamma=0.8), "paper": Config(centred=True)}
 
 
 class TimeAttention(nn.Module):
@@ -202,7 +203,8 @@ class StreamFlow(Learned, RaftCore):
 
         Raises InputError for another method's or size's.
         """
-        head = read_state(path).get("update_block.flow_head.ffn2.2.weight")
+        head = table(path).get("update_block.flow_head.ffn2.2.weight")
         if head is None or len(head) % 2:
             raise InputError(f"{path}: not a checkpoint of streamflow: it has no update_block.flow_head")
-        return fill(cls(replace(PRESETS["paper"], frames=len(head) // 2 + 1)), "streamflow", path)
+        config = replace(PRESETS["paper"], frames=len(head) // 2 + 1)
+        return fill(lambda: cls(config), "streamflow", path)

@@ -29,6 +29,7 @@ class Tiled:
 
     def __init__(self, method: Any, side: int) -> None:
         self.method, self.multiple, self.least = method, method.multiple, method.least
+        self.centred = getattr(method, "centred", False)
         self.side = side - side % method.multiple
         if self.side <= OVERLAP or self.side < method.least:
             raise InputError(f"--tile {side}: tiles share {OVERLAP} pixels with their neighbours, and this method sees "

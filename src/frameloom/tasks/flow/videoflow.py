@@ -29,7 +29,8 @@ from frameloom.motion.raft import RaftCore, sequence_loss
 from frameloom.motion.update import Aggregate, SKBlock, cell, grid, mask_head, step
 from frameloom.motion.warp import backward_warp
 from frameloom.tasks.flow.learned import RECIPE_SK, SMALL_SK, Learned
-from frameloom.tasks.flow.published import fill, plain, read_state
+from frameloom.tasks.flow.published import fill, plain
+from frameloom.training.published import table
 
 log = logging.getLogger("frameloom")
 
@@ -60,8 +61,8 @@ _TINY = SMALL_SK | {"motion": (24, 40, 24, 16, 32), "gamma": 0.8}
 PRESETS = {
     "tiny": Config(**_TINY, memory=16),
     "tiny-bof": Config(**_TINY, variant="bof", memory=0, frames=3),
-    "paper": Config(mask_scale=100.0),
-    "paper-bof": Config(variant="bof", memory=0, frames=3),
+    "paper": Config(mask_scale=100.0, centred=True),
+    "paper-bof": Config(variant="bof", memory=0, frames=3, centred=True),
 }
 
 
@@ -192,8 +193,8 @@ class VideoFlow(Learned, RaftCore):
     @classmethod
     def load_official(cls, path: Path) -> "VideoFlow":
         """The network of a published checkpoint. Raises InputError for another method's or size's."""
-        size = "paper" if any("init_hidden_state" in key for key in read_state(path)) else "paper-bof"
-        return fill(cls(PRESETS[size]), cls.id, path, cls.renamed)
+        size = "paper" if any("init_hidden_state" in key for key in table(path)) else "paper-bof"
+        return fill(lambda: cls(PRESETS[size]), cls.id, path, cls.renamed)
 
     @staticmethod
     def renamed(key: str) -> str | None:

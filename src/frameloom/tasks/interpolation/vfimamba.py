@@ -13,9 +13,8 @@ with State Space Models", NeurIPS 2024, arXiv 2407.02315.
 """
 
 import math
-import pickle
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal, NamedTuple
 
@@ -31,6 +30,7 @@ from frameloom.layers.selective_scan import scan_macs, selective_scan
 from frameloom.layers.synthesis import ConvBlock, LocalBlock, Refinement, conv_prelu, resize
 from frameloom.motion.warp import backward_warp
 from frameloom.tasks.interpolation.triplets import Curriculum, Triplets
+from frameloom.training.published import fill, table
 from frameloom.training.recipe import Recipe
 from frameloom.training.sizes import Sized
 
@@ -43,6 +43,11 @@ class Config:
     `merge`: how two frames become one sequence. `unmerge`: `exact` puts every token of the column scans back
     in its place; `released` repeats the axis mix-up that the published weights were trained with. `fixed_t`:
     trained for the middle only, other times take recursion.
+
+    What else the published weights want: `shuffle`: the heads bring features to a finer grid by one shuffle of
+    pixels by 4, or by two by 2, which sorts the channels otherwise; `bgr`: pictures as OpenCV reads them, blue first;
+    `centred`: edges that make the sides fit are repeated on both sides, not to the right and below alone. In use,
+    `scale` and `turned` are what `at` does if not told otherwise.
     """
 
     width: int
@@ -52,6 +57,11 @@ class Config:
     merge: Literal["interleaved", "sequential"] = "interleaved"
     unmerge: Literal["exact", "released"] = "exact"
     fixed_t: bool = True
+    shuffle: Literal["once", "twice"] = "once"
+    bgr: bool = False
+    centred: bool = False
+    scale: float = 1.0
+    turned: bool = False
 
 
 PRESETS = {
@@ -233,10 +243,11 @@ class FeaturePyramid(nn.Module):
 class FlowHead(nn.Module):
     """Flow and mask updates from the features of one level, computed at 4/`scale` of the full size."""
 
-    def __init__(self, channels: int, scale: int, hidden: int, extra: int):
+    def __init__(self, channels: int, scale: int, hidden: int, extra: int, shuffle: str):
         super().__init__()
         self.scale = scale
-        self.upsample = nn.PixelShuffle(4)
+        factors = {"once": (4,), "twice": (2, 2)}[shuffle]
+        self.upsample = nn.Sequential(*(nn.PixelShuffle(factor) for factor in factors))
         self.conv = nn.Sequential(
             conv_prelu(channels * 2 // 16 + extra, hidden), conv_prelu(hidden, hidden), conv_prelu(hidden, 5)
         )
@@ -282,7 +293,7 @@ class VFIMamba(Sized, nn.Module):
         width = config.width
         self.feature_bone = FeaturePyramid(config)
         self.block = nn.ModuleList(
-            [FlowHead(16 * width, 16, 4 * width, extra=7), FlowHead(8 * width, 8, 4 * width, extra=18)]
+            FlowHead(levels * width, levels, 4 * width, extra, config.shuffle) for levels, extra in ((16, 7), (8, 18))
         )
         self.local_block = nn.ModuleList(LocalBlock(4 * width, 2 - i) for i in range(config.local_blocks))
         self.unet = Refinement(2 * width)
@@ -317,11 +328,11 @@ class VFIMamba(Sized, nn.Module):
     def forward(
         self, pair: Float[Tensor, "b 2 3 h w"], t: float | Float[Tensor, " b"] = 0.5, scale: float = 1.0
     ) -> Synthesis:
-        """Both frames in [0, 1], sides multiples of 32/`scale`; flow is first sought at `scale` of the size.
+        """Both frames in [0, 1], sides multiples of 16 and of 16/`scale`; flow is first sought at `scale` of the size.
 
         For 2K frames 0.5 and for 4K frames 0.25 find larger motion and cost less.
         """
-        frames = rearrange(pair, "b f c h w -> (f b) c h w")
+        frames = self._ordered(rearrange(pair, "b f c h w -> (f b) c h w"))
         seen = resize(frames, scale)
         features = self.feature_bone(seen)
         flow, mask, stages = self._coarse(seen, features, t)
@@ -343,7 +354,11 @@ class VFIMamba(Sized, nn.Module):
             shrunk = resize(shrunk, 0.5) / 2
         residual = self.unet(torch.cat([images, warps, mask, flow], 1), warped)
         frame = (self._merge(warps, mask) + residual).clamp(0, 1)
-        return Synthesis(frame, flow, mask, stages)
+        return Synthesis(self._ordered(frame), flow, mask, [self._ordered(stage) for stage in stages])
+
+    def _ordered(self, picture: Float[Tensor, "b 3 h w"]) -> Float[Tensor, "b 3 h w"]:
+        """Red first to the order that the weights know, and back."""
+        return picture.flip(1) if self.config.bgr else picture
 
     def _coarse(self, frames: Tensor, features: list[Tensor], t: float | Tensor):
         images = torch.cat(frames.chunk(2), dim=1)
@@ -373,21 +388,38 @@ class VFIMamba(Sized, nn.Module):
         return loss + 0.5 * sum(laplacian_loss(stage, batch["middle"]) for stage in made.stages)
 
     @torch.inference_mode()
-    def at(self, frame0: Tensor, frame1: Tensor, t: float = 0.5, scale: float = 1.0, rotate: bool = False) -> Tensor:
+    def at(
+        self,
+        frame0: Tensor,
+        frame1: Tensor,
+        t: float = 0.5,
+        scale: float | int | None = None,
+        rotate: bool | None = None,
+    ) -> Tensor:
         """The frame at time `t` between two frames (3, h, w) or (b, 3, h, w) in [0, 1], of any size.
 
-        `rotate` averages with the answer for the frames turned by 180 degrees.
+        `rotate` averages with the answer for the frames turned by 180 degrees. Without them `scale` and `rotate` are
+        the configuration's.
         """
+        scale = self.config.scale if scale is None else scale
+        rotate = self.config.turned if rotate is None else rotate
         pair = torch.stack([frame0, frame1], dim=-4)
         pair = pair if pair.ndim == 5 else pair[None]
         batch, _, _, height, width = pair.shape
-        multiple = math.ceil(32 / scale)
-        border = (0, -width % multiple, 0, -height % multiple)
+        multiple = max(32, math.ceil(16 / scale))
+        missing = [-side % multiple for side in (width, height)]
+        left, top = (more // 2 if self.config.centred else 0 for more in missing)
+        border = (left, missing[0] - left, top, missing[1] - top)
         padded = F.pad(pair.flatten(0, 1), border, mode="replicate").unflatten(0, (batch, 2))
         frame = self(padded, t, scale).frame
         if rotate:
             frame = (frame + self(padded.flip(-1, -2), t, scale).frame.flip(-1, -2)) / 2
-        return frame[..., :height, :width].float().reshape(frame0.shape)
+        return frame[..., top : top + height, left : left + width].float().reshape(frame0.shape)
+
+    def tune(self, scale: float | int | None, turned: bool | None) -> None:
+        """What `at` does from now on if not told otherwise; None leaves it as it is."""
+        wanted = {"scale": None if scale is None else float(scale), "turned": turned}
+        self.config = replace(self.config, **{key: value for key, value in wanted.items() if value is not None})
 
     def scan_macs(self, height: int, width: int) -> int:
         """Multiply-accumulates of all selective scans for one pair of frames (sides multiples of 16)."""
@@ -402,54 +434,29 @@ class VFIMamba(Sized, nn.Module):
     def load_official(cls, path: str | Path) -> "VFIMamba":
         """The network of a published checkpoint (`VFIMamba.pkl`, `VFIMamba_S.pkl`), its size read from it.
 
+        The large one averages with turned pictures, as its authors use it.
+
         Raises InputError for a file that is not such a checkpoint, naming what does not fit.
         """
-        state = _read(Path(path))
+        # Masks and sizes of an attention that the network no longer has.
+        state = {key: value for key, value in table(path).items() if "attn_mask" not in key and "HW" not in key}
         try:
+            width = len(state["feature_bone.block0.conv.0.weight"])
             config = Config(
-                width=len(state["feature_bone.block0.conv.0.weight"]),
+                width=width,
                 depths=tuple(len({key.split(".")[3] for key in state if _is_layer(key, level)}) for level in range(5)),
                 states=state["feature_bone.block4.blocks.0.self_attention.A_logs"].shape[1],
                 local_blocks=len({key.split(".")[1] for key in state if key.startswith("local_block.")}),
-                unmerge="released",
-            )
-        except (KeyError, IndexError) as error:
+                unmerge="released", shuffle="twice", bgr=True, centred=True, turned=width == PRESETS["paper"].width,
+            )  # fmt: skip
+        except (KeyError, IndexError, TypeError) as error:
             raise InputError(
                 f"{path}: not a VFIMamba checkpoint, it has no {error}; VFIMamba.pkl would be one"
             ) from None
-        model = cls(config)
-        own = model.state_dict()
-        wrong = [key for key in own.keys() & state.keys() if own[key].shape != state[key].shape]
-        for what, keys in (
-            ("has no", own.keys() - state.keys()),
-            ("has an unknown", state.keys() - own.keys()),
-            ("has the wrong shape of", wrong),
-        ):
-            if keys:
-                raise InputError(
-                    f"{path}: does not fit VFIMamba with {config.width} channels: it {what} {min(keys)}"
-                    f"{f' and {len(keys) - 1} more' if len(keys) > 1 else ''}; a published one would fit"
-                )
-        model.load_state_dict(state)
-        return model.eval()
+        return fill(lambda: cls(config), "vfimamba", path, state)
 
 
 def _is_layer(key: str, level: int) -> bool:
     """Whether `key` is the bias of a convolution, or of a block's first norm, of that level."""
     inside, last = ("conv", ".bias") if level < 3 else ("blocks", ".ln_1.bias")
     return key.startswith(f"feature_bone.block{level}.{inside}.") and key.endswith(last)
-
-
-def _read(path: Path) -> dict[str, Tensor]:
-    try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
-    except FileNotFoundError:
-        raise InputError(f"{path}: no such file; give the path of a published checkpoint") from None
-    except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError) as error:
-        reason = str(error).partition("\n")[0]
-        raise InputError(f"{path}: not a file of tensors ({reason}); give a PyTorch checkpoint") from None
-    if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
-        raise InputError(f"{path}: holds no flat table of tensors; give a published checkpoint")
-    return {
-        key.removeprefix("module."): value for key, value in state.items() if "attn_mask" not in key and "HW" not in key
-    }
