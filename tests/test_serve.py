@@ -1,25 +1,21 @@
 """A language model behind HTTP, asked by real clients over real sockets."""
 
 import asyncio
-import contextlib
 import json
 import os
 import signal
 import socket
 import subprocess
 import sys
-import threading
 import time
 
 import httpx
 import pytest
 import torch
-import uvicorn
 from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import save_file
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import LlamaConfig, LlamaForCausalLM, MixtralConfig, MixtralForCausalLM, PreTrainedTokenizerFast
+from transformers import MixtralConfig, MixtralForCausalLM
 
 from frameloom.errors import InputError
 from frameloom.language.tokens import TokenModel, open_folder
@@ -28,19 +24,8 @@ from frameloom.scale.flover import FusedDecoder
 from frameloom.scale.messages import Writing
 from frameloom.scale.qmoe import quantize
 from frameloom.scale.sampling import Sampling
-from frameloom.scale.serve import _listen, application, open_served, serve
-
-WORDS = 61
-
-
-def llama(words: int = WORDS, length: int = 512, **more) -> LlamaForCausalLM:
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=words, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
-        num_key_value_heads=2, max_position_embeddings=length, initializer_range=0.3,
-        **({"eos_token_id": None, "bos_token_id": None, "pad_token_id": None} | more),
-    )  # fmt: skip
-    return LlamaForCausalLM(config).eval()
+from frameloom.scale.serve import open_served, serve
+from tiny_server import chatting, llama, served
 
 
 def tokens_alone(model, prompt: list[int], n: int, sampling: Sampling) -> list[int]:
@@ -48,25 +33,6 @@ def tokens_alone(model, prompt: list[int], n: int, sampling: Sampling) -> list[i
     request = decoder.submit(prompt, n, sampling)
     decoder.run()
     return request.tokens
-
-
-@contextlib.contextmanager
-def served(model: TokenModel, slots: int = 4, queue: int = 64, max_len: int = 64, pause: float = 0.0):
-    """A server on a free port, whose model waits `pause` seconds before every forward pass: its address and engine."""
-    hook = model.model.register_forward_pre_hook(lambda *_: time.sleep(pause)) if pause else None
-    engine = Engine(FusedDecoder(model.model, slots, max_len, queue=queue, eos=model.eos))
-    listener = _listen("127.0.0.1", 0)
-    server = uvicorn.Server(uvicorn.Config(application(model, engine), log_level="critical", lifespan="on"))
-    thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})
-    thread.start()
-    try:
-        yield f"http://127.0.0.1:{listener.getsockname()[1]}", engine
-    finally:
-        server.should_exit = True
-        thread.join(20)
-        assert not thread.is_alive()
-        if hook:
-            hook.remove()
 
 
 @pytest.fixture(scope="module")
@@ -140,9 +106,9 @@ def test_models_health_and_metrics(words):
     ({"prompt": [1000]}, 400, "outside 0 to"),
     ({"prompt": "a", "max_tokens": 0}, 400, "1 or more"),
     ({"prompt": "a", "temperature": -1}, 400, "temperature -1.0"),
-    ({"prompt": "a", "n": 2}, 400, "n: input should be 1"),
-    ({"prompt": "a", "presence_penalty": 1}, 400, "presence_penalty"),
-    ({"prompt": "a", "suffix": "b"}, 400, "suffix: extra inputs"),
+    ({"prompt": "a", "n": 0}, 400, "n: input should be greater than or equal to 1"),
+    ({"prompt": "a", "presence_penalty": 1}, 400, "it could change the answer; leave it out, or give 0"),
+    ({"prompt": "a", "suffix": "b"}, 400, 'suffix: not done here, and it could change the answer; leave it out, or'),
     ({"prompt": "a", "model": "other"}, 404, "'other' is not served here; 'world-words' is"),
     ({}, 400, "prompt: field required"),
     ({"prompt": "a " * 600_000}, 400, "larger than 1,048,576 bytes"),
@@ -257,6 +223,9 @@ class Letters:
     def decode(self, tokens):
         return bytes(tokens).decode("utf-8", errors="replace")
 
+    def piece(self, token):
+        return self.decode([token])
+
     def chat(self, messages):
         return None
 
@@ -279,18 +248,7 @@ def test_text_in_pieces_is_the_text_whatever_the_pieces(text, sizes, stop):
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """A model of transformers with a tokenizer that has a chat template; it never ends by itself."""
-    path = tmp_path_factory.mktemp("model")
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer, tokenizer.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(vocab_size=300, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-                                  special_tokens=["<s>"], show_progress=False)  # fmt: skip
-    tokenizer.train_from_iterator(["the cat sat on the mat"] * 4, trainer)
-    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>")
-    fast.chat_template = "{% for m in messages %}<s>{{ m.role }}: {{ m.content }}{% endfor %}<s>assistant:"
-    fast.save_pretrained(path)
-    llama(len(fast), 1024).save_pretrained(path)
-    return path
+    return chatting(tmp_path_factory.mktemp("model"))
 
 
 def test_a_folder_of_transformers_with_a_tokenizer_can_chat(folder):
