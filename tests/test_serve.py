@@ -25,7 +25,7 @@ from frameloom.scale.messages import Writing
 from frameloom.scale.qmoe import quantize
 from frameloom.scale.sampling import Sampling
 from frameloom.scale.serve import open_served, serve
-from tiny_server import chatting, llama, served
+from tiny_server import WORDS, chatting, llama, served
 
 
 def tokens_alone(model, prompt: list[int], n: int, sampling: Sampling) -> list[int]:
@@ -185,6 +185,27 @@ def test_more_than_may_wait_are_told_when_to_come_again(plain):
         assert httpx.post(f"{url}/v1/completions", json=asked, timeout=60.0).status_code == 200
 
 
+def test_several_texts_at_once_are_taken_together_or_not_at_all(plain):
+    asked = {"prompt": [1, 2], "max_tokens": 60, "stream": True}
+    with served(plain, slots=1, queue=4, pause=0.02) as (url, engine):
+        post = f"{url}/v1/completions"
+        with httpx.stream("POST", post, json=asked | {"n": 3}, headers={"X-Request-Id": "mine"}) as first:
+            lines = first.iter_lines()
+            assert events([next(lines)])[0]["id"] == "mine"
+            assert sorted(request.id for request in engine.decoder._ids.values()) == ["mine", "mine/1", "mine/2"]
+            refused = httpx.post(post, json=asked | {"n": 3})
+            assert (refused.status_code, engine.answers) == (429, 3)
+            wrong = httpx.post(post, json={"prompt": [[1], [WORDS]], "max_tokens": 2})
+            assert (wrong.status_code, engine.answers) == (400, 3)
+            assert httpx.post(post, json=asked | {"n": 5}).status_code == 400  # never to fit: not to come again
+        settle(engine)  # one client left, and with it all three
+        assert engine.ended["length"] == 0
+        whole = httpx.post(post, json={"prompt": [[1], [2, 3], [4]], "max_tokens": 2}, timeout=60.0).json()
+        assert [choice["token_ids"] for choice in whole["choices"]] == [
+            tokens_alone(plain.model, prompt, 2, Sampling()) for prompt in ([1], [2, 3], [4])
+        ]
+
+
 def test_a_name_can_be_given_and_is_not_taken_twice_at_once(plain):
     asked = {"prompt": [1, 2], "max_tokens": 60, "stream": True}
     with served(plain, pause=0.05) as (url, engine):
@@ -201,12 +222,17 @@ def test_output_that_is_no_number_fails_one_answer_and_an_exception_all(plain):
     model = llama()
     with torch.no_grad():
         model.model.embed_tokens.weight[7] = float("nan")
-    with served(TokenModel("broken", model, None, frozenset())) as (url, _):
+    with served(TokenModel("broken", model, None, frozenset())) as (url, engine):
         post = f"{url}/v1/completions"
         bad = httpx.post(post, json={"prompt": [7]})
         assert (bad.status_code, "no number at token 0" in bad.json()["error"]["message"]) == (500, True)
         with httpx.stream("POST", post, json={"prompt": [7], "stream": True}) as answer:
             assert "no number" in events(answer.iter_lines())[-1]["error"]["message"]
+        both = {"prompt": [[1], [7], [2]], "max_tokens": 40}
+        assert "no number at token 0" in httpx.post(post, json=both).json()["error"]["message"]
+        with httpx.stream("POST", post, json=both | {"stream": True}) as answer:
+            assert "no number" in events(answer.iter_lines())[-1]["error"]["message"]
+        settle(engine)
         assert httpx.get(f"{url}/health").status_code == 200
         model.forward = lambda *_, **__: (_ for _ in ()).throw(MemoryError("no room"))
         assert "no room" in httpx.post(post, json={"prompt": [1]}).json()["error"]["message"]
@@ -244,6 +270,8 @@ def test_text_in_pieces_is_the_text_whatever_the_pieces(text, sizes, stop):
         if writing.stopped or at >= len(data):
             break
     assert shown == (text.split(stop)[0] if stop else text)
+    needed = len(text[: text.find(stop) + len(stop)].encode()) if stop and stop in text else len(data)
+    assert bytes(writing.tokens) == data[:needed]  # none behind the stop
 
 
 @pytest.fixture(scope="module")
