@@ -90,6 +90,8 @@ TOOL = {"type": "function", "function": {"name": "A", "parameters": {"type": "ob
     (TEXT, {"logit_bias": {"5": 1}}, "logit_bias: not done here, and it could change the answer; leave it out"),
     (TEXT, {"repetition_penalty": 1.1}, "leave it out, or give 1"),
     (TEXT, {"frequency_penalty": -0.5}, "leave it out, or give 0"),
+    (TEXT, {"a\nb": 1}, "a b: not done here"),
+    (TEXT, {"n": 1, "prompt": ["a"] * 100_000}, "100000 texts are asked for at once"),
     (TEXT, {"guided_json": {"type": "object"}}, "guided_json: not done here"),
     (TEXT, {"n": 129}, "n: input should be less than or equal to 128"),
     (TEXT, {"n": 12, "prompt": ["a", "b", "c"]}, "36 texts are asked for at once; 24 may wait (--queue)"),

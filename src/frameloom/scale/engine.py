@@ -69,8 +69,6 @@ class Engine:
         """
         if self.broken:
             raise Broken(self.broken)
-        if len(wishes) > self.decoder.queue:
-            raise InputError(f"{len(wishes)} texts are asked for at once; {self.decoder.queue} may wait (--queue)")
         try:
             if self.answers + len(wishes) > self.decoder.slots + self.decoder.queue:
                 raise QueueFull(f"{self.answers} answers are under way or unread, and {len(wishes)} more do not fit")

@@ -75,7 +75,8 @@ class Ask(Given):
                 kept[name] = value
             elif name not in IDLE and value not in (None, [], {}, *NEUTRAL.get(name, ())):
                 instead = f", or give {json.dumps(NEUTRAL[name][0])}" if name in NEUTRAL else ""
-                raise InputError(f"{name[:80]}: not done here, and it could change the answer; leave it out{instead}")
+                raise InputError(f"{' '.join(name.split())[:80]}: not done here, and it could change the answer; "
+                                 f"leave it out{instead}")  # fmt: skip
         return kept
 
     @field_validator("model")
@@ -141,6 +142,11 @@ class CompletionAsk(Ask):
         return self
 
     @property
+    def texts(self) -> int:
+        """How many are asked for."""
+        return self.n * len(self.prompt)
+
+    @property
     def limit(self) -> int | None:
         return 16 if self.max_tokens is None else self.max_tokens
 
@@ -194,7 +200,13 @@ class ChatAsk(Ask):
         return self
 
     @property
+    def texts(self) -> int:
+        """How many are asked for."""
+        return self.n
+
+    @property
     def limit(self) -> int | None:
+        """How many tokens at most; None is all that there is room for."""
         return self.max_tokens if self.max_completion_tokens is None else self.max_completion_tokens
 
     @property

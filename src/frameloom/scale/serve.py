@@ -267,6 +267,8 @@ async def _answer(request: Request, model: TokenModel, engine: Engine, kind: typ
         ask = kind.model_validate_json(await _body(request))
         if ask.model not in (None, model.name):
             return _unknown(ask.model, model)
+        if ask.texts > engine.decoder.queue:  # before anything is made of so many
+            raise InputError(f"{ask.texts} texts are asked for at once; {engine.decoder.queue} may wait (--queue)")
         prompts = _prompts(model, ask)
         wishes = [
             Wish(prompt, max(1, engine.decoder.max_len - len(prompt)) if ask.limit is None else ask.limit,
