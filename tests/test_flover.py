@@ -16,7 +16,7 @@ from frameloom.errors import InputError
 from frameloom.scale.flover import FusedDecoder, QueueFull
 from frameloom.scale.probe import CommCounter
 from frameloom.scale.ranks import RankFailed, local
-from frameloom.scale.sampling import Sampling, sample
+from frameloom.scale.sampling import GREEDY, Sampling, sample
 from frameloom.scale.slots import minimal_moves
 from frameloom.scale.split import split
 
@@ -213,6 +213,36 @@ def test_sampling_keeps_to_the_likeliest_and_follows_its_numbers():
         counts[sample(logits[:1], ways[:1], [(i + 0.5) / 2000])] += 1
     assert torch.allclose(counts / 2000, torch.tensor([0.1, 0.4, 0.2, 0.3]), atol=1e-3)
     assert sample(torch.tensor([[0.0, float("nan")]]), [Sampling(1.0)], [0.5]).shape == (1,)
+
+
+@torch.no_grad()
+def test_likelihoods_are_the_models_own_whoever_is_decoded_beside(model):
+    decoder = FusedDecoder(model, 3, 32)
+    asked = [
+        ([5, 6, 7], 9, GREEDY, 3),
+        ([1], 4, Sampling(1.5, top_k=5, seed=2), 0),
+        ([9, 8], 12, GREEDY, None),
+        ([3, 3, 3, 3], 5, Sampling(0.7, top_p=0.8, seed=1), WORDS + 7),
+        ([2], 6, Sampling(2.0, seed=3), 1),
+    ]
+    requests = [decoder.submit(prompt, n, how, likeliest=count) for prompt, n, how, count in asked]
+    decoder.run()
+    for request, (prompt, n, _, count) in zip(requests, asked, strict=True):
+        if count is None:
+            assert request.likelihoods == []
+            continue
+        logits = model(torch.tensor([prompt + request.tokens]), use_cache=False).logits[0, len(prompt) - 1 : -1]
+        logs = logits.log_softmax(-1)
+        assert len(request.likelihoods) == n
+        for row, token, told in zip(logs, request.tokens, request.likelihoods, strict=True):
+            best, ids = row.topk(min(count, WORDS))
+            assert told.logprob == pytest.approx(float(row[token]), abs=1e-9)
+            assert [one for one, _ in told.likeliest] == ids.tolist()
+            assert [value for _, value in told.likeliest] == pytest.approx(best.tolist(), abs=1e-9)
+    silent = FusedDecoder(model, 3, 32)
+    plain = [silent.submit(prompt, n, how) for prompt, n, how, _ in asked]
+    silent.run()
+    assert [request.tokens for request in plain] == [request.tokens for request in requests]
 
 
 def test_mistakes_are_one_line_with_the_numbers(model):

@@ -1,25 +1,21 @@
 """A language model behind HTTP, asked by real clients over real sockets."""
 
 import asyncio
-import contextlib
 import json
 import os
 import signal
 import socket
 import subprocess
 import sys
-import threading
 import time
 
 import httpx
 import pytest
 import torch
-import uvicorn
 from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import save_file
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import LlamaConfig, LlamaForCausalLM, MixtralConfig, MixtralForCausalLM, PreTrainedTokenizerFast
+from transformers import MixtralConfig, MixtralForCausalLM
 
 from frameloom.errors import InputError
 from frameloom.language.tokens import TokenModel, open_folder
@@ -28,19 +24,8 @@ from frameloom.scale.flover import FusedDecoder
 from frameloom.scale.messages import Writing
 from frameloom.scale.qmoe import quantize
 from frameloom.scale.sampling import Sampling
-from frameloom.scale.serve import _listen, application, open_served, serve
-
-WORDS = 61
-
-
-def llama(words: int = WORDS, length: int = 512, **more) -> LlamaForCausalLM:
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=words, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
-        num_key_value_heads=2, max_position_embeddings=length, initializer_range=0.3,
-        **({"eos_token_id": None, "bos_token_id": None, "pad_token_id": None} | more),
-    )  # fmt: skip
-    return LlamaForCausalLM(config).eval()
+from frameloom.scale.serve import open_served, serve
+from tiny_server import WORDS, chatting, llama, served
 
 
 def tokens_alone(model, prompt: list[int], n: int, sampling: Sampling) -> list[int]:
@@ -48,25 +33,6 @@ def tokens_alone(model, prompt: list[int], n: int, sampling: Sampling) -> list[i
     request = decoder.submit(prompt, n, sampling)
     decoder.run()
     return request.tokens
-
-
-@contextlib.contextmanager
-def served(model: TokenModel, slots: int = 4, queue: int = 64, max_len: int = 64, pause: float = 0.0):
-    """A server on a free port, whose model waits `pause` seconds before every forward pass: its address and engine."""
-    hook = model.model.register_forward_pre_hook(lambda *_: time.sleep(pause)) if pause else None
-    engine = Engine(FusedDecoder(model.model, slots, max_len, queue=queue, eos=model.eos))
-    listener = _listen("127.0.0.1", 0)
-    server = uvicorn.Server(uvicorn.Config(application(model, engine), log_level="critical", lifespan="on"))
-    thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})
-    thread.start()
-    try:
-        yield f"http://127.0.0.1:{listener.getsockname()[1]}", engine
-    finally:
-        server.should_exit = True
-        thread.join(20)
-        assert not thread.is_alive()
-        if hook:
-            hook.remove()
 
 
 @pytest.fixture(scope="module")
@@ -140,9 +106,9 @@ def test_models_health_and_metrics(words):
     ({"prompt": [1000]}, 400, "outside 0 to"),
     ({"prompt": "a", "max_tokens": 0}, 400, "1 or more"),
     ({"prompt": "a", "temperature": -1}, 400, "temperature -1.0"),
-    ({"prompt": "a", "n": 2}, 400, "n: input should be 1"),
-    ({"prompt": "a", "presence_penalty": 1}, 400, "presence_penalty"),
-    ({"prompt": "a", "suffix": "b"}, 400, "suffix: extra inputs"),
+    ({"prompt": "a", "n": 0}, 400, "n: input should be greater than or equal to 1"),
+    ({"prompt": "a", "presence_penalty": 1}, 400, "it could change the answer; leave it out, or give 0"),
+    ({"prompt": "a", "suffix": "b"}, 400, 'suffix: not done here, and it could change the answer; leave it out, or'),
     ({"prompt": "a", "model": "other"}, 404, "'other' is not served here; 'world-words' is"),
     ({}, 400, "prompt: field required"),
     ({"prompt": "a " * 600_000}, 400, "larger than 1,048,576 bytes"),
@@ -219,6 +185,27 @@ def test_more_than_may_wait_are_told_when_to_come_again(plain):
         assert httpx.post(f"{url}/v1/completions", json=asked, timeout=60.0).status_code == 200
 
 
+def test_several_texts_at_once_are_taken_together_or_not_at_all(plain):
+    asked = {"prompt": [1, 2], "max_tokens": 60, "stream": True}
+    with served(plain, slots=1, queue=4, pause=0.02) as (url, engine):
+        post = f"{url}/v1/completions"
+        with httpx.stream("POST", post, json=asked | {"n": 3}, headers={"X-Request-Id": "mine"}) as first:
+            lines = first.iter_lines()
+            assert events([next(lines)])[0]["id"] == "mine"
+            assert sorted(request.id for request in engine.decoder._ids.values()) == ["mine", "mine/1", "mine/2"]
+            refused = httpx.post(post, json=asked | {"n": 3})
+            assert (refused.status_code, engine.answers) == (429, 3)
+            wrong = httpx.post(post, json={"prompt": [[1], [WORDS]], "max_tokens": 2})
+            assert (wrong.status_code, engine.answers) == (400, 3)
+            assert httpx.post(post, json=asked | {"n": 5}).status_code == 400  # never to fit: not to come again
+        settle(engine)  # one client left, and with it all three
+        assert engine.ended["length"] == 0
+        whole = httpx.post(post, json={"prompt": [[1], [2, 3], [4]], "max_tokens": 2}, timeout=60.0).json()
+        assert [choice["token_ids"] for choice in whole["choices"]] == [
+            tokens_alone(plain.model, prompt, 2, Sampling()) for prompt in ([1], [2, 3], [4])
+        ]
+
+
 def test_a_name_can_be_given_and_is_not_taken_twice_at_once(plain):
     asked = {"prompt": [1, 2], "max_tokens": 60, "stream": True}
     with served(plain, pause=0.05) as (url, engine):
@@ -235,12 +222,17 @@ def test_output_that_is_no_number_fails_one_answer_and_an_exception_all(plain):
     model = llama()
     with torch.no_grad():
         model.model.embed_tokens.weight[7] = float("nan")
-    with served(TokenModel("broken", model, None, frozenset())) as (url, _):
+    with served(TokenModel("broken", model, None, frozenset())) as (url, engine):
         post = f"{url}/v1/completions"
         bad = httpx.post(post, json={"prompt": [7]})
         assert (bad.status_code, "no number at token 0" in bad.json()["error"]["message"]) == (500, True)
         with httpx.stream("POST", post, json={"prompt": [7], "stream": True}) as answer:
             assert "no number" in events(answer.iter_lines())[-1]["error"]["message"]
+        both = {"prompt": [[1], [7], [2]], "max_tokens": 40}
+        assert "no number at token 0" in httpx.post(post, json=both).json()["error"]["message"]
+        with httpx.stream("POST", post, json=both | {"stream": True}) as answer:
+            assert "no number" in events(answer.iter_lines())[-1]["error"]["message"]
+        settle(engine)
         assert httpx.get(f"{url}/health").status_code == 200
         model.forward = lambda *_, **__: (_ for _ in ()).throw(MemoryError("no room"))
         assert "no room" in httpx.post(post, json={"prompt": [1]}).json()["error"]["message"]
@@ -256,6 +248,9 @@ class Letters:
 
     def decode(self, tokens):
         return bytes(tokens).decode("utf-8", errors="replace")
+
+    def piece(self, token):
+        return self.decode([token])
 
     def chat(self, messages):
         return None
@@ -275,22 +270,13 @@ def test_text_in_pieces_is_the_text_whatever_the_pieces(text, sizes, stop):
         if writing.stopped or at >= len(data):
             break
     assert shown == (text.split(stop)[0] if stop else text)
+    needed = len(text[: text.find(stop) + len(stop)].encode()) if stop and stop in text else len(data)
+    assert bytes(writing.tokens) == data[:needed]  # none behind the stop
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """A model of transformers with a tokenizer that has a chat template; it never ends by itself."""
-    path = tmp_path_factory.mktemp("model")
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer, tokenizer.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(vocab_size=300, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-                                  special_tokens=["<s>"], show_progress=False)  # fmt: skip
-    tokenizer.train_from_iterator(["the cat sat on the mat"] * 4, trainer)
-    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>")
-    fast.chat_template = "{% for m in messages %}<s>{{ m.role }}: {{ m.content }}{% endfor %}<s>assistant:"
-    fast.save_pretrained(path)
-    llama(len(fast), 1024).save_pretrained(path)
-    return path
+    return chatting(tmp_path_factory.mktemp("model"))
 
 
 def test_a_folder_of_transformers_with_a_tokenizer_can_chat(folder):

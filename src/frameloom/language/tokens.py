@@ -20,8 +20,15 @@ class Text(Protocol):
 
     def decode(self, tokens: Sequence[int]) -> str: ...
 
-    def chat(self, messages: Sequence[dict[str, str]]) -> list[int] | None:
-        """A conversation as a prompt, or None for a model that was not made for any."""
+    def piece(self, token: int) -> str:
+        """The text of one token in the middle of others; empty if it has none, U+FFFD in it if it is half a letter."""
+        ...
+
+    def chat(self, messages: Sequence[dict[str, Any]]) -> list[int] | None:
+        """A conversation as a prompt, or None for a model that was not made for any.
+
+        Raises InputError for one that the model's template refuses, in the template's words.
+        """
 
 
 @dataclass(frozen=True)
@@ -41,7 +48,9 @@ class WordTokens:
         self.words = words
 
     def encode(self, text: str) -> list[int]:
-        """Raises InputError for words that the vocabulary lacks, with the nearest that it has."""
+        """Raises InputError for no words, and for those that the vocabulary lacks, with the nearest that it has."""
+        if not split(text):
+            raise InputError("the prompt is empty; one word or more is wanted")
         if unknown := self.words.unknown(text):
             near = self.words.nearest(unknown[0])
             known = self.words.vocabulary
@@ -52,7 +61,10 @@ class WordTokens:
     def decode(self, tokens: Sequence[int]) -> str:
         return "".join(f" {self.words.vocabulary[token - 2]}" for token in tokens if token > END)
 
-    def chat(self, messages: Sequence[dict[str, str]]) -> list[int] | None:
+    def piece(self, token: int) -> str:
+        return self.decode([token])
+
+    def chat(self, messages: Sequence[dict[str, Any]]) -> list[int] | None:
         return None
 
 
@@ -61,6 +73,8 @@ class TokenizerText:
 
     def __init__(self, tokenizer: Any) -> None:
         self.tokenizer = tokenizer
+        # Some tokenizers swallow the space before the first word, so that a token is looked at behind another.
+        self._ahead = list(tokenizer("a", add_special_tokens=False)["input_ids"])
 
     def encode(self, text: str) -> list[int]:
         return list(self.tokenizer(text)["input_ids"])
@@ -68,10 +82,20 @@ class TokenizerText:
     def decode(self, tokens: Sequence[int]) -> str:
         return self.tokenizer.decode(list(tokens), skip_special_tokens=True)
 
-    def chat(self, messages: Sequence[dict[str, str]]) -> list[int] | None:
+    def piece(self, token: int) -> str:
+        return self.decode([*self._ahead, token])[len(self.decode(self._ahead)) :]
+
+    def chat(self, messages: Sequence[dict[str, Any]]) -> list[int] | None:
+        from jinja2 import TemplateError
+
         if not getattr(self.tokenizer, "chat_template", None):
             return None
-        made = self.tokenizer.apply_chat_template(list(messages), add_generation_prompt=True, return_dict=True)
+        try:
+            made = self.tokenizer.apply_chat_template(list(messages), add_generation_prompt=True, return_dict=True)
+        # A template is a program of the folder's, run on messages of the client's: it may raise on purpose, or stumble.
+        except (TemplateError, TypeError, ValueError, LookupError, AttributeError, ArithmeticError) as error:
+            reason = " ".join(str(error).split())[:500]
+            raise InputError(f"the model's chat template refuses these messages: {reason}") from None
         return list(made["input_ids"])
 
 

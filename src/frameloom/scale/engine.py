@@ -7,7 +7,9 @@ import threading
 import time
 from collections import Counter
 from collections.abc import AsyncIterator, Callable, Sequence
+from dataclasses import dataclass
 
+from frameloom.errors import InputError
 from frameloom.scale.flover import FusedDecoder, QueueFull, Request
 from frameloom.scale.sampling import Sampling
 
@@ -23,11 +25,21 @@ class Broken(RuntimeError):
     """The decoder itself failed; nothing more is decoded."""
 
 
+@dataclass(frozen=True)
+class Wish:
+    """One text that is wanted: what `FusedDecoder.submit` takes."""
+
+    prompt: Sequence[int]
+    limit: int
+    sampling: Sampling
+    likeliest: int | None = None
+
+
 class Engine:
     """Steps a `FusedDecoder` while there is something to do. `open` to `close`, then `submit`s are `Answer`s.
 
-    At most as many answers are open as there are slots and places in the queue, so that readers who do not read take
-    no more memory than that.
+    At most as many texts are open as there are slots and places in the queue, so that readers who do not read take
+    no more memory than that; `answers` counts them.
     """
 
     def __init__(self, decoder: FusedDecoder) -> None:
@@ -50,18 +62,20 @@ class Engine:
         self._wake.set()
         self._thread.join()
 
-    def submit(self, prompt: Sequence[int], n: int, sampling: Sampling, id: str | None = None) -> "Answer":
-        """To be called on the event loop. Raises what `FusedDecoder.submit` raises, and Broken."""
+    def submit(self, wishes: Sequence[Wish], id: str | None = None) -> "Answer":
+        """To be called on the event loop; all of them are decoded, or none.
+
+        Raises what `FusedDecoder.submit` raises, and Broken.
+        """
         if self.broken:
             raise Broken(self.broken)
         try:
-            if self.answers >= self.decoder.slots + self.decoder.queue:
-                raise QueueFull(f"{self.answers} answers are under way or unread, which is all that may be")
-            answer = Answer(self, prompt, n, sampling, id)
+            if self.answers + len(wishes) > self.decoder.slots + self.decoder.queue:
+                raise QueueFull(f"{self.answers} answers are under way or unread, and {len(wishes)} more do not fit")
+            answer = Answer(self, wishes, id)
         except QueueFull:
             self.refused += 1
             raise
-        self.answers += 1
         self._wake.set()
         return answer
 
@@ -115,20 +129,33 @@ class Engine:
 
 
 class Answer:
-    """The tokens of one request as they come; `leave` it when done with it, or when nobody listens any more."""
+    """The texts of one request as they come; `leave` it when done with it, or when nobody listens any more."""
 
-    def __init__(self, engine: Engine, prompt: Sequence[int], n: int, sampling: Sampling, id: str | None) -> None:
+    def __init__(self, engine: Engine, wishes: Sequence[Wish], id: str | None) -> None:
         self._engine, self._news = engine, asyncio.Event()
-        self._begun, self._left, self._heard = time.monotonic(), False, False
+        self._begun = time.monotonic()
+        self._heard: set[Request] = set()
+        self._left: set[int] = set()
         self._tell: Callable[..., object] = asyncio.get_running_loop().call_soon_threadsafe
-        self.request = engine.decoder.submit(prompt, n, sampling, id=id, on_token=self._on_token)
+        self.requests: list[Request] = []
+        try:
+            for number, wish in enumerate(wishes):
+                name = f"{id}/{number}" if id and number else id
+                request = engine.decoder.submit(
+                    wish.prompt, wish.limit, wish.sampling, id=name, on_token=self._on_token, likeliest=wish.likeliest
+                )
+                self.requests.append(request)
+                engine.answers += 1
+        except InputError:
+            self.leave()
+            raise
 
     def _on_token(self, request: Request) -> None:
         """Runs on the decoder's thread, as do the counts it keeps."""
         engine, now = self._engine, time.monotonic()
         engine.tokens += bool(request.finish in ("", "stop", "length"))
-        if request.tokens and not self._heard:
-            self._heard = True
+        if request.tokens and request not in self._heard:
+            self._heard.add(request)
             waited = now - self._begun
             engine.first_sum += waited
             engine.first_counts[sum(waited > edge for edge in BUCKETS)] += 1
@@ -140,22 +167,30 @@ class Answer:
         except RuntimeError:  # the event loop has ended, and with it whoever would have listened
             log.debug("nobody listens to %s", request.id)
 
-    async def parts(self) -> AsyncIterator[list[int]]:
-        """New tokens, one or more at a time (or none at the end), until the request has ended."""
-        sent, done = 0, False
-        while not done:
+    async def parts(self) -> AsyncIterator[tuple[int, list[int], bool]]:
+        """(which of the texts, new tokens of it, whether that is its end), until all have ended or been left.
+
+        One token or more at a time; at the end there may be none.
+        """
+        sent, open = [0] * len(self.requests), set(range(len(self.requests)))
+        while open := open - self._left:
             await self._news.wait()
             self._news.clear()
-            done = self.request.done  # asked first: tokens come before the end, so that none is missed
-            fresh = self.request.tokens[sent:]
-            sent += len(fresh)
-            if fresh or done:
-                yield fresh
+            for which in sorted(open):
+                request = self.requests[which]
+                done = request.done  # asked first: tokens come before the end, so that none is missed
+                fresh = request.tokens[sent[which] :]
+                sent[which] += len(fresh)
+                if done:
+                    open.discard(which)
+                if fresh or done:
+                    yield which, fresh, done
 
-    def leave(self) -> None:
-        """Give up what is left of it; safe to call again."""
-        if not self._left:
-            self._left = True
-            self._engine.answers -= 1
-            if not self.request.done:
-                self._engine.cancel(self.request)
+    def leave(self, which: int | None = None) -> None:
+        """Give up what is left of it all, or of one text; safe to call again."""
+        for number in range(len(self.requests)) if which is None else [which]:
+            if number not in self._left:
+                self._left.add(number)
+                self._engine.answers -= 1
+                if not self.requests[number].done:
+                    self._engine.cancel(self.requests[number])

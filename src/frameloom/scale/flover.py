@@ -34,7 +34,7 @@ from torch import Tensor, nn
 
 from frameloom.errors import InputError
 from frameloom.progress import Progress, silent
-from frameloom.scale.sampling import GREEDY, Sampling, sample
+from frameloom.scale.sampling import GREEDY, Likelihood, Sampling, likelihoods, sample
 from frameloom.scale.slots import SlotCache, minimal_moves
 from frameloom.scale.split import same_everywhere
 
@@ -49,7 +49,7 @@ class Request:
 
     `finish` is `"length"`, `"stop"` (a token that ends the text, which is kept), `"cancelled"` or `"failed"`, and then
     `error` says why. `on_token` is called with the request after every token and at its end, by the thread that
-    decodes.
+    decodes. With `likeliest` not None, `likelihoods` grows along with `tokens` and tells that many likeliest of each.
     """
 
     id: str
@@ -57,7 +57,9 @@ class Request:
     limit: int
     sampling: Sampling = GREEDY
     on_token: Callable[["Request"], None] | None = None
+    likeliest: int | None = None
     tokens: list[int] = field(default_factory=list)
+    likelihoods: list[Likelihood] = field(default_factory=list)
     finish: str = ""
     error: str = ""
     slot: int = -1
@@ -152,8 +154,9 @@ class FusedDecoder:
         *,
         id: str | None = None,
         on_token: Callable[[Request], None] | None = None,
+        likeliest: int | None = None,
     ) -> Request:
-        """Ask for `n` tokens after `prompt`.
+        """Ask for `n` tokens after `prompt`, and how likely each was, with its `likeliest` rivals, unless that is None.
 
         Raises:
             QueueFull: too many wait already.
@@ -178,7 +181,7 @@ class FusedDecoder:
                 id = next(name for number in self._numbers if (name := f"request-{number}") not in self._ids)
             if id in self._ids:
                 raise InputError(f"id {id}: a request of that name is under way; choose another")
-            request = Request(id, tuple(prompt), n, sampling, on_token)
+            request = Request(id, tuple(prompt), n, sampling, on_token, likeliest)
             self._ids[id] = request
             self._came.append(request)
         return request
@@ -321,7 +324,10 @@ class FusedDecoder:
         good = torch.isfinite(logits.amax(-1)).tolist()
         chosen = sample(logits, [row.sampling if row else GREEDY for row in rows],
                         [row.chance() if row and row.sampling.temperature else 0.0 for row in rows])  # fmt: skip
-        for row, fine, token in zip(rows, good, chosen.tolist(), strict=True):
+        asked = [at for at, row in enumerate(rows) if row and row.likeliest is not None]
+        told = likelihoods(logits[asked], chosen[asked], [rows[at].likeliest for at in asked]) if asked else []
+        likely = dict(zip(asked, told, strict=True))
+        for at, (row, fine, token) in enumerate(zip(rows, good, chosen.tolist(), strict=True)):
             if row is None:
                 continue
             if not fine:
@@ -329,7 +335,9 @@ class FusedDecoder:
                 self.cache.scrub(row.slot)
                 self._end(row, "failed")
                 continue
-            row.tokens.append(token)
+            if at in likely:
+                row.likelihoods.append(likely[at])
+            row.tokens.append(token)  # last: who reads along in another thread goes by it
             if token in self.eos:
                 self._end(row, "stop")
             elif len(row.tokens) == row.limit:

@@ -1,4 +1,7 @@
-"""How a request chooses its tokens: its own settings and its own random numbers, whoever is decoded beside it."""
+"""How a request chooses its tokens: its own settings and its own random numbers, whoever is decoded beside it.
+
+And how likely the model held what was chosen.
+"""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -35,6 +38,17 @@ class Sampling:
 GREEDY = Sampling()
 
 
+@dataclass(frozen=True)
+class Likelihood:
+    """The natural logarithm of the probability that the model gave to a token, and its likeliest tokens with theirs.
+
+    The model's own, over all tokens: temperature, `top_k` and `top_p` have no part in it.
+    """
+
+    logprob: float
+    likeliest: tuple[tuple[int, float], ...]
+
+
 def sample(
     logits: Float[Tensor, "rows vocabulary"], settings: Sequence[Sampling], chances: Sequence[float]
 ) -> Int[Tensor, "rows"]:
@@ -67,3 +81,15 @@ def sample(
     # The first token whose cumulative probability exceeds the number; never one of probability zero.
     best[at] = torch.searchsorted(climb, dice * climb[:, -1:], right=True).clamp(max=logits.shape[-1] - 1)[:, 0]
     return best
+
+
+def likelihoods(
+    logits: Float[Tensor, "rows vocabulary"], chosen: Int[Tensor, "rows"], counts: Sequence[int]
+) -> list[Likelihood]:
+    """Of the token chosen in every row, with the `counts` likeliest of the row."""
+    logs = logits.double().log_softmax(-1)
+    own = logs.gather(-1, chosen[:, None])[:, 0].tolist()
+    best, tokens = logs.topk(min(max(counts), logs.shape[-1]), dim=-1)
+    pairs = zip(tokens.tolist(), best.tolist(), strict=True)
+    return [Likelihood(logprob, tuple(zip(ids[:count], values[:count], strict=True)))
+            for logprob, (ids, values), count in zip(own, pairs, counts, strict=True)]  # fmt: skip

@@ -1,10 +1,12 @@
 """A language model behind HTTP, in the shapes of OpenAI's API, decoded by `frameloom.scale.flover`.
 
     POST /v1/completions, /v1/chat/completions      "stream": true answers in server-sent events, token by token
-    GET /v1/models, /health, /metrics               the last in the text format of Prometheus
+    GET /v1/models, /v1/models/{id}                 what is served
+    GET /health, /metrics                           the last in the text format of Prometheus
 
-A client that leaves frees its slot at the next iteration. More requests than may wait get status 429 and a
-Retry-After. On SIGTERM no more connections are taken, and answers under way are finished first.
+A client that leaves frees its slots at the next iteration. More requests than may wait get status 429 and a
+Retry-After, and whatever is refused is refused in the JSON of OpenAI's errors. On SIGTERM no more connections are
+taken, and answers under way are finished first.
 """
 
 import asyncio
@@ -17,20 +19,20 @@ import time
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager, suppress
 from pathlib import Path
-from typing import Any
 
 import torch
 from fastapi import FastAPI, Request
 from fastapi.responses import JSONResponse, PlainTextResponse, Response, StreamingResponse
 from pydantic import ValidationError
-from starlette.middleware.trustedhost import TrustedHostMiddleware
+from starlette.exceptions import HTTPException
+from starlette.types import ASGIApp, Receive, Scope, Send
 
 from frameloom.errors import InputError
 from frameloom.language.tokens import TokenModel, open_folder, with_tokenizer
-from frameloom.scale.engine import Answer, Broken, Engine
+from frameloom.scale.engine import Answer, Broken, Engine, Wish
 from frameloom.scale.flover import FusedDecoder, QueueFull
-from frameloom.scale.messages import Ask, ChatAsk, CompletionAsk, Shape, Writing
-from frameloom.scale.sampling import Sampling
+from frameloom.scale.flover import Request as Decoding
+from frameloom.scale.messages import ChatAsk, CompletionAsk, Part, Shape, Writing
 from frameloom.training.pretrained import load
 
 LARGEST_BODY = 1 << 20
@@ -161,20 +163,38 @@ def _split(model: TokenModel, world: int, device: str) -> "torch.distributed.Pro
 class _Events(StreamingResponse):
     """Server-sent events; however they end, the answer is left."""
 
-    def __init__(self, events: AsyncIterator[str], answer: Answer) -> None:
-        super().__init__(events, media_type="text/event-stream", headers={"Cache-Control": "no-store"})
+    def __init__(self, events: AsyncIterator[str], answer: Answer, headers: dict[str, str]) -> None:
+        super().__init__(events, media_type="text/event-stream", headers={"Cache-Control": "no-store"} | headers)
         self.answer = answer
 
-    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         try:
             await super().__call__(scope, receive, send)
         finally:
             self.answer.leave()
 
 
+class _OwnNames:
+    """Turns away requests to a name that is not this machine's."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self.app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "http":
+            named = dict(scope["headers"]).get(b"host", b"").decode("latin-1").lower()
+            name = named[1:].split("]")[0] if named.startswith("[") else named.split(":")[0]
+            if name not in LOCAL:
+                problem = _problem(400, f"the host {name[:80]!r} is not served here; {', '.join(LOCAL)} are, unless "
+                                        "--host says otherwise")  # fmt: skip
+                return await problem(scope, receive, send)
+        return await self.app(scope, receive, send)
+
+
 def _problem(status: int, message: str, headers: dict[str, str] | None = None) -> JSONResponse:
     kind = "invalid_request_error" if status < 500 else "server_error"
-    return JSONResponse({"error": {"message": message, "type": kind, "code": status}}, status, headers)
+    error = {"message": message, "type": kind, "param": None, "code": status}
+    return JSONResponse({"error": error}, status, headers)
 
 
 async def _body(request: Request) -> bytes:
@@ -197,20 +217,33 @@ def application(model: TokenModel, engine: Engine, host: str = "127.0.0.1") -> F
 
     app = FastAPI(title="frameloom serve", lifespan=lifespan, docs_url=None, redoc_url=None, openapi_url=None)
     if host in LOCAL:  # else a web page could reach a server on this machine under a name of its own
-        app.add_middleware(TrustedHostMiddleware, allowed_hosts=["127.0.0.1", "localhost", "[::1]", "::1"])
-    created = int(time.time())
+        app.add_middleware(_OwnNames)
+    one = {"id": model.name, "object": "model", "created": int(time.time()), "owned_by": "frameloom",
+           "max_model_len": engine.decoder.max_len}  # fmt: skip
+    reading = ["GET", "HEAD"]
 
-    @app.get("/v1/models")
+    @app.exception_handler(HTTPException)
+    async def nothing_there(request: Request, error: HTTPException) -> Response:
+        return _problem(error.status_code, f"{request.method} {request.url.path}: {error.detail.lower()}",
+                        dict(error.headers or {}))  # fmt: skip
+
+    @app.exception_handler(Exception)
+    async def unforeseen(request: Request, error: Exception) -> Response:
+        return _problem(500, f"the server failed ({type(error).__name__}); its log says more")
+
+    @app.api_route("/v1/models", methods=reading)
     async def models() -> dict:
-        one = {"id": model.name, "object": "model", "created": created, "owned_by": "frameloom",
-               "max_model_len": engine.decoder.max_len}  # fmt: skip
         return {"object": "list", "data": [one]}
 
-    @app.get("/health")
+    @app.api_route("/v1/models/{name:path}", methods=reading)
+    async def named(name: str) -> Response:
+        return JSONResponse(one) if name == model.name else _unknown(name, model)
+
+    @app.api_route("/health", methods=reading)
     async def health() -> Response:
         return _problem(503, engine.broken) if engine.broken else JSONResponse({"status": "ok"})
 
-    @app.get("/metrics")
+    @app.api_route("/metrics", methods=reading)
     async def metrics() -> Response:
         return PlainTextResponse(engine.metrics(), media_type="text/plain; version=0.0.4")
 
@@ -225,82 +258,111 @@ def application(model: TokenModel, engine: Engine, host: str = "127.0.0.1") -> F
     return app
 
 
-async def _answer(request: Request, model: TokenModel, engine: Engine, kind: type[Ask]) -> Response:
+def _unknown(name: str, model: TokenModel) -> JSONResponse:
+    return _problem(404, f"the model {name!r} is not served here; {model.name!r} is")
+
+
+async def _answer(request: Request, model: TokenModel, engine: Engine, kind: type[CompletionAsk | ChatAsk]) -> Response:
     try:
         ask = kind.model_validate_json(await _body(request))
         if ask.model not in (None, model.name):
-            return _problem(404, f"the model {ask.model!r} is not served here; {model.name!r} is")
-        prompt = _prompt(model, ask)
-        limit = ask.max_tokens if ask.max_tokens is not None else getattr(ask, "max_completion_tokens", None)
-        sampling = Sampling(ask.temperature, ask.top_k, ask.top_p, ask.seed)
-        given = request.headers.get("x-request-id")
-        answer = engine.submit(prompt, 16 if limit is None else limit, sampling, given)
+            return _unknown(ask.model, model)
+        if ask.texts > engine.decoder.queue:  # before anything is made of so many
+            raise InputError(f"{ask.texts} texts are asked for at once; {engine.decoder.queue} may wait (--queue)")
+        prompts = _prompts(model, ask)
+        wishes = [
+            Wish(prompt, max(1, engine.decoder.max_len - len(prompt)) if ask.limit is None else ask.limit,
+                 ask.sampling(number), ask.likeliest) for prompt in prompts for number in range(ask.n)
+        ]  # fmt: skip
+        answer = engine.submit(wishes, request.headers.get("x-request-id"))
     except ValidationError as error:
-        first = error.errors(include_url=False, include_context=False)[0]
-        where = ".".join(str(part) for part in first["loc"]) or "the request"
-        return _problem(400, f"{where}: {first['msg'][0].lower()}{first['msg'][1:]}")
+        return _problem(400, _first(error))
     except QueueFull as error:
         return _problem(429, str(error), {"Retry-After": str(engine.retry_after)})
     except InputError as error:
         return _problem(400, str(error))
     except Broken as error:
         return _problem(503, str(error))
-    shape = Shape(answer.request.id, model.name, isinstance(ask, ChatAsk), len(prompt))
-    writing = Writing(model.text, prompt, ask.stops)
+    told = ask.likeliest is not None
+    shape = Shape(answer.requests[0].id, model.name, model.text, isinstance(ask, ChatAsk), told,
+                  sum(len(prompt) for prompt in prompts))  # fmt: skip
+    writings = [Writing(model.text, wish.prompt, ask.stops, told) for wish in wishes]
+    note = ask.note if isinstance(ask, ChatAsk) else ""
+    headers = {"X-Frameloom-Note": note} if note else {}
     if ask.stream:
-        usage = bool((ask.stream_options or {}).get("include_usage"))
-        return _Events(_events(answer, writing, shape, usage), answer)
-    return await _whole(request, answer, writing, shape)
+        return _Events(_events(answer, writings, shape, ask.stream_options.include_usage), answer, headers)
+    return await _whole(request, answer, writings, shape, headers)
 
 
-def _prompt(model: TokenModel, ask: Ask) -> list[int]:
+def _first(error: ValidationError) -> str:
+    """The first of what is wrong with a request, in one line."""
+    first = error.errors(include_url=False)[0]
+    own = first.get("ctx", {}).get("error")
+    where = ".".join(str(part) for part in first["loc"])
+    if isinstance(own, InputError):
+        return f"{where}: {own}" if where else str(own)
+    return f"{where or 'the request'}: {first['msg'][0].lower()}{first['msg'][1:]}"
+
+
+def _prompts(model: TokenModel, ask: CompletionAsk | ChatAsk) -> list[list[int]]:
     if isinstance(ask, ChatAsk):
         made = model.text.chat([message.model_dump() for message in ask.messages]) if model.text else None
         if made is None:
             raise InputError(f"{model.name} has no chat template; use /v1/completions")
-        return made
-    if isinstance(ask.prompt, list):
-        return ask.prompt
-    if model.text is None:
+        return [made]
+    if model.text is None and any(isinstance(prompt, str) for prompt in ask.prompt):
         raise InputError(f"{model.name} has no tokenizer; give the prompt as a list of token numbers")
-    if not ask.prompt.strip():
-        raise InputError("the prompt is empty; one word or more is wanted")
-    return model.text.encode(ask.prompt)
+    return [model.text.encode(prompt) if isinstance(prompt, str) else prompt for prompt in ask.prompt]
 
 
-def _failure(answer: Answer) -> str:
-    """Why there is no whole answer, or nothing."""
-    request = answer.request
+def _failure(request: Decoding) -> str:
+    """Why there is no whole text, or nothing."""
     return request.error if request.finish == "failed" else "the server stops" if request.finish == "cancelled" else ""
 
 
-async def _events(answer: Answer, writing: Writing, shape: Shape, usage: bool) -> AsyncIterator[str]:
-    first = True
-    async for tokens in answer.parts():
-        done = answer.request.done and len(writing.tokens) + len(tokens) == len(answer.request.tokens)
-        if done and (failure := _failure(answer)):
-            yield f"data: {json.dumps({'error': {'message': failure, 'type': 'server_error', 'code': 500}})}\n\n"
+async def _written(answer: Answer, writings: list[Writing]) -> AsyncIterator[Part | Decoding]:
+    """What comes of the texts, each up to its end or its stop; or the first one that fails, and then no more."""
+    async for which, tokens, last in answer.parts():
+        request, writing = answer.requests[which], writings[which]
+        if last and _failure(request):
+            yield request
             return
-        text = writing.add(tokens, done)
-        finish = "stop" if writing.stopped else answer.request.finish if done else None
-        yield f"data: {json.dumps(shape.part(text, tokens, finish, first))}\n\n"
-        first = False
-        if finish:
-            break
+        begin = len(writing.tokens)
+        text = writing.add(tokens, last)
+        if writing.stopped:
+            answer.leave(which)
+        yield Part(
+            which, request, writing, text, begin, "stop" if writing.stopped else request.finish if last else None
+        )
+
+
+async def _events(answer: Answer, writings: list[Writing], shape: Shape, usage: bool) -> AsyncIterator[str]:
+    begun: set[int] = set()
+    async for part in _written(answer, writings):
+        if isinstance(part, Decoding):
+            problem = {"message": _failure(part), "type": "server_error", "param": None, "code": 500}
+            yield f"data: {json.dumps({'error': problem})}\n\n"
+            return
+        event = shape.event(part, part.index not in begun) | ({"usage": None} if usage else {})
+        begun.add(part.index)
+        yield f"data: {json.dumps(event)}\n\n"
     if usage:
-        yield f"data: {json.dumps(shape.base | {'choices': [], 'usage': shape.usage(len(writing.tokens))})}\n\n"
+        yield f"data: {json.dumps(shape.totals(sum(len(writing.tokens) for writing in writings)))}\n\n"
     yield "data: [DONE]\n\n"
 
 
-async def _whole(request: Request, answer: Answer, writing: Writing, shape: Shape) -> Response:
-    async def collect() -> str:
-        text = ""
-        async for tokens in answer.parts():
-            done = answer.request.done and len(writing.tokens) + len(tokens) == len(answer.request.tokens)
-            text += writing.add(tokens, done)
-            if writing.stopped:
-                break
-        return text
+async def _whole(
+    request: Request, answer: Answer, writings: list[Writing], shape: Shape, headers: dict[str, str]
+) -> Response:
+    texts, ends = [""] * len(writings), [""] * len(writings)
+
+    async def collect() -> Decoding | None:
+        async for part in _written(answer, writings):
+            if isinstance(part, Decoding):
+                return part
+            texts[part.index] += part.text
+            ends[part.index] = part.finish or ""
+        return None
 
     async def gone() -> None:
         while (await request.receive())["type"] != "http.disconnect":
@@ -311,14 +373,15 @@ async def _whole(request: Request, answer: Answer, writing: Writing, shape: Shap
         await asyncio.wait({reading, leaving}, return_when=asyncio.FIRST_COMPLETED)
         if not reading.done():
             return Response(status_code=499)  # nobody reads it
-        text = reading.result()
+        failed = reading.result()
     finally:
         answer.leave()
         for task in (reading, leaving):
             task.cancel()
             with suppress(asyncio.CancelledError):
                 await task
-    if not writing.stopped and (failure := _failure(answer)):
-        return _problem(503 if answer.request.finish == "cancelled" else 500, failure)
-    finish = "stop" if writing.stopped else answer.request.finish
-    return JSONResponse(shape.whole(text, writing.tokens, finish))
+    if failed:
+        return _problem(503 if failed.finish == "cancelled" else 500, _failure(failed))
+    parts = [Part(which, answer.requests[which], writing, texts[which], 0, ends[which])
+             for which, writing in enumerate(writings)]  # fmt: skip
+    return JSONResponse(shape.whole(parts), headers=headers)
