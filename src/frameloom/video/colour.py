@@ -18,7 +18,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from frameloom.errors import InputError
-from frameloom.video.pixels import components, fill, frame_of, layout_of, plain, repack, same_numbers
+from frameloom.video.pixels import Layout, components, fill, frame_of, layout_of, plain, repack, same_numbers
 
 UNSPECIFIED = 2
 RGB, BT709, BT601, BT2020 = 0, 1, 6, 9
@@ -113,9 +113,8 @@ def _siting(frame: av.VideoFrame) -> str | None:
     probe.make_writable()  # a decoder may still predict from this frame
     planes = [bytes(plane) for plane in probe.planes]
     said = {name: getattr(probe, name) for name in _TAGS}
-    top = 2**layout.depth - 1
     for index, edge in ((1, (slice(None), slice(1))), (2, (slice(1), slice(None)))):
-        step = np.full((probe.planes[index].height, probe.planes[index].width), top, layout.dtype)
+        step = np.full((probe.planes[index].height, probe.planes[index].width), layout.top, layout.dtype)
         step[edge] = 0
         fill(probe.planes[index], step)
     for name in _TAGS:  # the one thing that may be unsaid is the place of chroma
@@ -184,8 +183,8 @@ def _downsample(values: Tensor, axis: int, shared: int, site: float) -> Tensor:
     return total / sum(weights)
 
 
-def _check_opaque(opacity: np.ndarray, top: float) -> None:
-    if float(opacity.min()) < top:
+def _check_opaque(opacity: np.ndarray, layout: Layout) -> None:
+    if float(opacity.min()) < layout.top:
         raise InputError("the picture has transparency, which a video cannot keep; flatten it onto a background first")
 
 
@@ -196,14 +195,13 @@ def rgb_from_native(frame: av.VideoFrame, colour: Colour) -> Float[Tensor, "3 h 
     """
     layout = layout_of(frame.format.name)
     values = components(frame)
-    top = 1.0 if layout.floating else float(2**layout.depth - 1)
     if layout.alpha:
-        _check_opaque(values.pop(), top)
+        _check_opaque(values.pop(), layout)
     height, width = frame.height, frame.width
     first, *others = (torch.from_numpy(np.ascontiguousarray(part).astype(np.float32)) for part in values)
 
     if layout.model == "rgb":
-        rgb = torch.stack([first, *others]).div_(top).clamp_(0, 1)
+        rgb = torch.stack([first, *others]).div_(layout.top).clamp_(0, 1)
         return _srgb(rgb) if _is_linear(frame) else rgb
 
     black, luma_span, zero, chroma_span = replace(colour, depth=layout.depth).levels()
@@ -241,15 +239,14 @@ def native_from_rgb(rgb: Float[Tensor, "3 h w"], pix_fmt: str, colour: Colour) -
     """
     _, height, width = rgb.shape
     layout = layout_of(pix_fmt)
-    top = 2**layout.depth - 1
     rgb = rgb.detach().to("cpu", torch.float32).clamp(0, 1)
 
     def codes(values: Tensor) -> np.ndarray:
-        return values.round().clamp(0, top).numpy().astype(layout.dtype)
+        return values.round().clamp(0, layout.top).numpy().astype(layout.dtype)
 
     if layout.model == "rgb":
         colour = replace(colour, matrix=RGB, full_range=True)
-        return tag(frame_of([codes(channel * top) for channel in rgb], pix_fmt, height, width), colour)
+        return tag(frame_of([codes(channel * layout.top) for channel in rgb], pix_fmt, height, width), colour)
 
     colour = replace(colour.as_video(), depth=layout.depth)
     black, luma_span, zero, chroma_span = colour.levels()
@@ -274,7 +271,7 @@ def as_native(frame: av.VideoFrame, given: Colour, pix_fmt: str, wanted: Colour)
         return None
     layout = layout_of(frame.format.name)
     if layout.alpha:
-        _check_opaque(components(frame)[-1], float(2**layout.depth - 1))
+        _check_opaque(components(frame)[-1], layout)
     return repack(frame, pix_fmt)
 
 

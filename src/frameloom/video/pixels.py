@@ -50,6 +50,11 @@ class Layout:
         return np.uint8 if self.depth <= 8 else np.uint16
 
     @property
+    def top(self) -> float:
+        """The number of a component that is full."""
+        return 1.0 if self.floating else float(2**self.depth - 1)
+
+    @property
     def sampling(self) -> str:
         """`4:2:0`, as people write it."""
         return ":".join(_SUBSAMPLING[self.across, self.down])
@@ -156,9 +161,7 @@ def repack(frame: av.VideoFrame, pix_fmt: str) -> av.VideoFrame:
     values = components(frame)
     if layout_of(frame.format.name).alpha:
         values = values[:-1]
-    copy = frame_of([np.ascontiguousarray(part) for part in values], pix_fmt, frame.height, frame.width)
-    copy.pts, copy.time_base = frame.pts, frame.time_base
-    return copy
+    return frame_of(values, pix_fmt, frame.height, frame.width)
 
 
 def lossless_format(pix_fmt: str) -> str:
