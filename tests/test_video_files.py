@@ -247,3 +247,15 @@ def test_a_pixel_aspect_ratio_is_kept(tmp_path):
         out.mux(stream.encode(None))
     assert read(source).info.pixel_aspect == Fraction(16, 15)
     assert read(write(read(source), tmp_path / "o.mp4")).info.pixel_aspect == Fraction(16, 15)
+
+
+@pytest.mark.parametrize("codec", ["h264", "h265", "av1", "vp9", "ffv1"])
+@pytest.mark.parametrize("suffix", [".mp4", ".mkv"])
+def test_clips_of_one_and_two_frames_are_written_every_time(codec, suffix, tmp_path, monkeypatch):
+    monkeypatch.setattr("frameloom.video.writer.SEGMENT", 4)
+    for count in (1, 2, 5, 6):  # the last segment holds one or two
+        clip = Clip.from_tensor(tensor(moving(count)), 25)
+        for _ in range(3):
+            back = read(write(clip, tmp_path / f"o{suffix}", codec=codec))
+            assert list(back.times) == list(clip.times)
+            assert len(pictures(back)) == count

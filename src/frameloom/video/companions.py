@@ -13,15 +13,17 @@ import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field, replace
 from fractions import Fraction
+from pathlib import Path
 
 import av
 import torch
 
 from frameloom.errors import InputError
 from frameloom.video.clip import Passthrough
-from frameloom.video.colour import native_from_rgb
+from frameloom.video.colour import UNSPECIFIED, Colour, native_from_rgb
 from frameloom.video.demux import Clock, open_input, steady
 from frameloom.video.encoding import Encoding
+from frameloom.video.matroska import set_display_aspect
 from frameloom.video.timecode import moved
 
 log = logging.getLogger("frameloom")
@@ -226,15 +228,64 @@ def trial(encoding: Encoding, suffix: str, cargo: Cargo | None = None, span: Pas
     output, video = open_output(file, suffix, encoding)
     with output:
         if cargo is None or span is None:
-            output.mux([*video.encode(black), *video.encode(None)])
+            output.mux(in_order([*video.encode(black), *video.encode(None)]))
         else:
             with open_input(span.path) as source:
                 copies = load(cargo, source, output, video, span.stream)
-                output.mux([*video.encode(black), *video.encode(None)])
+                output.mux(in_order([*video.encode(black), *video.encode(None)]))
                 for packet in _first_packets(source, copies):
                     packet.stream = copies[packet.stream_index]
                     output.mux_one(packet)
     return file.getvalue()
+
+
+def in_order(packets: list[av.Packet]) -> list[av.Packet]:
+    """Packets of one or two frames, decoded as they are shown: x265 4.1 leaves chance numbers as times of decoding."""
+    for packet in packets:
+        packet.dts = packet.pts
+    return packets
+
+
+def keep_shape(file: Path | io.BytesIO, suffix: str, encoding: Encoding) -> None:
+    """See that a container that can say the shape of pixels does."""
+    if CONTAINERS[suffix] in ("matroska", "webm") and encoding.pixel_aspect != 1:
+        set_display_aspect(file, Fraction(encoding.width, encoding.height) * encoding.pixel_aspect)
+
+
+def say_what_changes(encoding: Encoding, suffix: str) -> None:
+    """Write a frame and read it back: what a file of this kind cannot say of its pictures is named in the log.
+
+    Raises InputError when the pictures cannot be written.
+    """
+    try:
+        file = io.BytesIO(trial(encoding, suffix))
+        keep_shape(file, suffix, encoding)
+        with av.open(file) as back:
+            stream = back.streams.video[0]
+            frame = next(back.decode(stream))
+            aspect = Fraction(stream.sample_aspect_ratio or 1) or Fraction(1)
+            found, wanted = replace(Colour.of(frame), depth=encoding.colour.depth), encoding.colour
+    except (OSError, ValueError, StopIteration) as error:
+        if isinstance(error, InputError):
+            raise
+        why = getattr(error, "strerror", None) or error
+        if suffix == ".mkv":
+            raise InputError(f"the pictures cannot be written as {encoding} ({why})") from None
+        say_what_changes(encoding, ".mkv")  # is it the codec or the container?
+        raise InputError(f"{encoding} cannot live in a {suffix} file ({why}); .mkv takes every --codec") from None
+    parts = {
+        "matrix": found.matrix != wanted.matrix,
+        "range": found.full_range != wanted.full_range,
+        "primaries": wanted.primaries not in (found.primaries, UNSPECIFIED),
+        "transfer": wanted.transfer not in (found.transfer, UNSPECIFIED),
+        "place of chroma": found.siting != wanted.siting,
+    }
+    if changed := [name for name, differs in parts.items() if differs]:
+        log.warning("a %s file of %s cannot say the colour's %s; players will guess", suffix, encoding.encoder,
+                    ", ".join(changed))  # fmt: skip
+    if aspect != encoding.pixel_aspect:
+        log.warning("a %s file of %s cannot say that pixels are %s:%s; it will look narrower or wider", suffix,
+                    encoding.encoder, encoding.pixel_aspect.numerator, encoding.pixel_aspect.denominator)  # fmt: skip
 
 
 def _first_packets(source: av.container.InputContainer, copies: dict[int, av.stream.Stream]) -> Iterator[av.Packet]:

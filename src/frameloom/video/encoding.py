@@ -9,7 +9,7 @@ import torch
 
 from frameloom.errors import InputError
 from frameloom.video.clip import Info
-from frameloom.video.colour import RGB, Colour
+from frameloom.video.colour import Colour
 from frameloom.video.hdr import Hdr
 from frameloom.video.pixels import Layout, layout_of, lossless_format
 
@@ -74,6 +74,13 @@ def encoding_for(info: Info, codec: str, crf: int | None, preset: str | None, ti
         raise InputError(f"--crf {crf}: {codec} takes {f'{low} to {high}' if high else 'no crf, it is lossless'}")
     if preset and spec.preset is None:
         raise InputError(f"--preset {preset}: {codec} has no presets")
+    short, long = sorted((info.width, info.height))
+    if codec == "av1" and (short < 4 or (short < 32 and long > 64)):
+        # SVT-AV1 does not come back from such pictures.
+        raise InputError(
+            f"--codec av1: SVT-AV1 takes no {info.width}x{info.height}, but sides from 32 on, or from 4 where none is "
+            "above 64; use vp9 or ffv1"
+        )
     pix_fmt, colour = _pixels(info, codec)
     options = dict(spec.options) | {"chroma_sample_location": colour.siting}
     if spec.crf is not None:
@@ -87,6 +94,8 @@ def encoding_for(info: Info, codec: str, crf: int | None, preset: str | None, ti
     if codec == "h265" and min(info.width, info.height) < 64:
         # x265's assembly writes past its buffers when a side is below one coding tree unit.
         options["x265-params"] += ":no-asm=1"
+    if codec == "ffv1" and short < 16:
+        options["slices"] = "1"  # as many parts as FFV1 takes by itself need that many rows of chroma
     if info.hdr is not None:
         _keep_hdr(options, codec, info.hdr)
     return Encoding(
@@ -130,8 +139,3 @@ def _keep_hdr(options: dict[str, str], codec: str, hdr: Hdr) -> None:
         log.warning(
             "the mastering display and light levels of HDR10 are not kept by %s; --codec h265 and av1 do", codec
         )
-
-
-def kept_by(colour: Colour, codec_in: str, suffix: str) -> bool:
-    """Whether a file of this kind says the colour: AVI has no place for it but the stream's own header."""
-    return suffix != ".avi" or codec_in in ("libx264", "libx265") or colour.matrix == RGB

@@ -1,8 +1,9 @@
 """How the numbers of a picture lie in memory, and moving them to another layout without changing one.
 
 FFmpeg decodes into some two hundred pixel formats: planar, semi-planar, packed, either byte order, padded, with a
-palette. Each holds the same numbers as one plain layout (`Layout.name`), which libswscale reaches by moving bytes
-alone; every pair was tried on random codes, and a test tries them again. What it cannot reach that way is refused.
+palette. Each holds the same numbers as one plain layout (`Layout.name`). The common ones are taken apart here; rare
+ones by libswscale, where it moves bytes alone: FFmpeg 8.1's rounds some formats, reads 16-bit RGB in the wrong byte
+order, and now and then gives other numbers for the same picture. A test tries them all; the rest is refused.
 """
 
 from dataclasses import dataclass
@@ -12,6 +13,21 @@ import av
 import numpy as np
 
 from frameloom.errors import InputError
+
+# Components of packed formats in the order of memory, "-" for padding.
+_PACKED = {
+    "rgb24": "rgb", "bgr24": "bgr", "rgba": "rgba", "bgra": "bgra", "argb": "argb", "abgr": "abgr",
+    "rgb0": "rgb-", "bgr0": "bgr-", "0rgb": "-rgb", "0bgr": "-bgr",
+    "rgb48le": "rgb", "bgr48le": "bgr", "rgba64le": "rgba", "bgra64le": "bgra",
+    "rgbf16le": "rgb", "rgbaf16le": "rgba", "rgbf32le": "rgb", "rgbaf32le": "rgba",
+    "ayuv": "ayuv", "vuya": "vuya", "vuyx": "vuy-", "uyva": "uyva", "vyu444": "vyu",
+    "ayuv64le": "ayuv", "xv36le": "uyv-", "xv48le": "uyv-",
+    "ya8": "ya", "ya16le": "ya", "yaf16le": "ya", "yaf32le": "ya",
+    # Two pixels that share their chroma.
+    "yuyv422": "yuyv", "yvyu422": "yvyu", "uyvy422": "uyvy", "y210le": "yuyv", "y212le": "yuyv", "y216le": "yuyv",
+}  # fmt: skip
+# Formats whose numbers stand at the top of 16 bits.
+_HIGH = ("p010", "p012", "p210", "p212", "p410", "p412", "y210", "y212", "xv36")
 
 _SUBSAMPLING = {(1, 1): "444", (2, 1): "422", (4, 1): "411", (1, 2): "440", (2, 2): "420", (4, 4): "410"}
 
@@ -91,53 +107,85 @@ def plain(frame: av.VideoFrame) -> av.VideoFrame:
 
     "yuvj" formats are the plain ones by another name and are given back as they are.
     """
+    frame = _little_endian(frame)
     name = layout_of(frame.format.name).name
     if frame.format.name.replace("yuvj", "yuv") == name:
         return frame
-    return _reformat(frame, name)
-
-
-def _reformat(frame: av.VideoFrame, name: str) -> av.VideoFrame:
     try:
         # Without a range given for both sides libswscale takes the new format's usual one and stretches the codes.
         kept = int(frame.color_range)
-        return frame.reformat(format=name, src_color_range=kept, dst_color_range=kept)
-    except (av.error.FFmpegError, ValueError) as error:
+        return frame.reformat(format=name, src_color_range=kept, dst_color_range=kept, threads=1)
+    except (OSError, ValueError) as error:
         raise InputError(f"the pixel format {frame.format.name} cannot be read ({error})") from None
 
 
-def _rows(plane: av.video.plane.VideoPlane, height: int, columns: int, dtype: type) -> np.ndarray:
-    """One plane as an array (rows, columns), without the padding at the end of each line."""
+def _little_endian(frame: av.VideoFrame) -> av.VideoFrame:
+    name = frame.format.name.removesuffix("be") + "le"
+    if not frame.format.name.endswith("be"):
+        return frame
+    # What one number or one packed pixel takes, of which the bytes change places.
+    size = 4 if any(part in name for part in ("f32", "x2rgb10", "x2bgr10", "v30x", "xv30")) else 2
+    twin = av.VideoFrame(frame.width, frame.height, name)
+    for plane, given in zip(twin.planes, frame.planes, strict=True):
+        lines = np.frombuffer(given, f">u{size}").reshape(-1, given.line_size // size)
+        fill(plane, lines[:, : plane.line_size // size].astype(f"<u{size}"))
+    for field in ("colorspace", "color_range", "color_primaries", "color_trc"):
+        setattr(twin, field, getattr(frame, field))
+    return twin
+
+
+def _lines(plane: av.video.plane.VideoPlane, height: int, columns: int, dtype: type) -> np.ndarray:
+    """A plane as an array (height, columns), without the padding at the end of each line."""
     lines = np.frombuffer(plane, dtype).reshape(-1, plane.line_size // np.dtype(dtype).itemsize)
     return lines[:height, :columns]
 
 
 def components(frame: av.VideoFrame) -> list[np.ndarray]:
-    """The numbers of a frame: [R, G, B], [Y, Cb, Cr] or [Y], then alpha where there is one; arrays (rows, columns)."""
-    layout = layout_of(frame.format.name)
-    frame = plain(frame)
-    height, width, dtype = frame.height, frame.width, layout.dtype
-    if layout.name in ("rgb24", "rgba") or (layout.model == "gray" and layout.alpha):
-        channels = {"rgb24": 3, "rgba": 4}.get(layout.name, 2)
-        packed = _rows(frame.planes[0], height, width * channels, dtype).reshape(height, width, channels)
-        return [packed[..., channel] for channel in range(channels)]
-    sizes = [(component.height, component.width) for component in frame.format.components]
-    if layout.model == "rgb":
-        sizes = [(height, width)] * len(sizes)
-    found = [_rows(plane, *size, dtype) for plane, size in zip(frame.planes, sizes, strict=True)]
-    return [found[2], found[0], found[1], *found[3:]] if layout.model == "rgb" else found
+    """The numbers of a frame: [R, G, B], [Y, Cb, Cr] or [Y], then alpha where there is one; arrays (rows, columns).
+
+    Raises InputError for a format that cannot be read.
+    """
+    frame = _little_endian(frame)
+    name = frame.format.name
+    layout, height, width = layout_of(name), frame.height, frame.width
+    down = layout.dtype(16 - layout.depth if name.startswith(_HIGH) else 0)
+    if name not in _PACKED and len(frame.planes) == 2 and layout.model == "yuv":  # semi-planar
+        rows, columns = -(-height // layout.down), -(-width // layout.across)
+        pairs = _lines(frame.planes[1], rows, 2 * columns, layout.dtype).reshape(rows, columns, 2)
+        order = (1, 0) if name in ("nv21", "nv42") else (0, 1)
+        found = [_lines(frame.planes[0], height, width, layout.dtype), *(pairs[..., place] for place in order)]
+        return [part >> down for part in found] if down else found
+    if name not in _PACKED:
+        frame = plain(frame)
+        name = frame.format.name
+    if name not in _PACKED:
+        sizes = [(component.height, component.width) for component in frame.format.components]
+        found = [_lines(plane, *size, layout.dtype) for plane, size in zip(frame.planes, sizes, strict=True)]
+        return [found[2], found[0], found[1], *found[3:]] if layout.model == "rgb" else found
+    order, groups = _PACKED[name], -(-width // layout.across)
+    packed = _lines(frame.planes[0], height, groups * len(order), layout.dtype).reshape(height, groups, len(order))
+    found = []
+    for letter in {"rgb": "rgb", "yuv": "yuv", "gray": "y"}[layout.model] + "a" * layout.alpha:
+        places = [place for place, there in enumerate(order) if there == letter]
+        part = packed[..., places].reshape(height, -1)
+        found.append(part[:, :width] if letter == "y" else part)
+    return [part >> down for part in found] if down else found
 
 
 def frame_of(values: list[np.ndarray], pix_fmt: str, height: int, width: int) -> av.VideoFrame:
-    """A frame of any format without alpha from its components in the order of `components`."""
+    """A frame of a planar or evenly packed format without alpha, from its components in the order of `components`."""
     layout = layout_of(pix_fmt)
-    frame = av.VideoFrame(width, height, layout.name)
-    if layout.name == "rgb24":
-        fill(frame.planes[0], np.stack(values, -1).reshape(height, -1))
-    else:
-        for plane, part in zip(frame.planes, values[1:] + values[:1] if layout.model == "rgb" else values, strict=True):
-            fill(plane, part)
-    return frame if layout.name == pix_fmt else _reformat(frame, pix_fmt)
+    frame = av.VideoFrame(width, height, pix_fmt)
+    if pix_fmt in _PACKED:
+        blank = np.zeros((height, width), layout.dtype)
+        parts = dict(zip("rgb" if layout.model == "rgb" else "yuv", values, strict=True))
+        fill(
+            frame.planes[0], np.stack([parts.get(letter, blank) for letter in _PACKED[pix_fmt]], -1).reshape(height, -1)
+        )
+        return frame
+    for plane, part in zip(frame.planes, values[1:] + values[:1] if layout.model == "rgb" else values, strict=True):
+        fill(plane, part)
+    return frame
 
 
 def fill(plane: av.video.plane.VideoPlane, values: np.ndarray) -> None:

@@ -26,7 +26,18 @@ from frameloom.errors import InputError, Interrupted
 from frameloom.progress import Progress, silent
 from frameloom.video.clip import Clip, Frame, Passthrough
 from frameloom.video.colour import tag
-from frameloom.video.companions import CONTAINERS, Cargo, choose, load, open_output, packets, trial, video_stream
+from frameloom.video.companions import (
+    CONTAINERS,
+    Cargo,
+    choose,
+    in_order,
+    keep_shape,
+    load,
+    open_output,
+    packets,
+    say_what_changes,
+    video_stream,
+)
 from frameloom.video.demux import open_input
 from frameloom.video.encoding import Encoding, encoding_for
 from frameloom.video.times import index_at
@@ -65,12 +76,7 @@ def write(
     tick = 1 / clip.rate if clip.info.regular else _common_tick(times)
     encoding = encoding_for(clip.info, codec, crf, preset, tick)
     suffix, travels = path.suffix.lower(), clip.source.passthrough
-    try:
-        trial(encoding, suffix)
-    except (OSError, ValueError, av.error.FFmpegError) as error:
-        raise InputError(
-            f"{path}: cannot be written as {encoding} ({getattr(error, 'strerror', None) or error})"
-        ) from None
+    say_what_changes(encoding, suffix)
     cargo = choose(travels, encoding, suffix) if travels else Cargo()
     job = hashlib.sha256(f"{clip.source.fingerprint()}\n{encoding!r}\n{SEGMENT}".encode()).hexdigest()
     partial = path.with_name(path.name + ".partial")
@@ -88,6 +94,7 @@ def write(
             raise InputError(f"{clip.info.name}: no frame could be read")
         result = partial / f"result{path.suffix}"
         _join(segments, result, suffix, encoding, _durations(times, clip.duration), travels, cargo)
+        keep_shape(result, suffix, encoding)
         os.replace(result, path)
         shutil.rmtree(partial)
     except KeyboardInterrupt:
@@ -168,6 +175,7 @@ def _encode_segment(
     if first_frame is None:
         return 0
     temporary = target.with_suffix(".tmp")
+    ordered = in_order if total - first <= 2 else list
     count = 0
     with av.open(str(temporary), "w", format="nut", options={"avoid_negative_ts": "disabled"}) as container:
         stream = video_stream(container, encoding)
@@ -175,10 +183,10 @@ def _encode_segment(
             picture = tag(frame.to_native(encoding.pix_fmt, encoding.colour), encoding.colour)
             picture.pts, picture.time_base = round(frame.time / encoding.time_base), encoding.time_base
             picture.pict_type = av.video.frame.PictureType.NONE
-            container.mux(stream.encode(picture))
+            container.mux(ordered(stream.encode(picture)))
             count += 1
             progress("encoding", first + count, total)
-        container.mux(stream.encode(None))
+        container.mux(ordered(stream.encode(None)))
     os.replace(temporary, target)
     return count
 
