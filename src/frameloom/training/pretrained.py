@@ -16,6 +16,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from frameloom.cards import card
+from frameloom.device import check_device
 from frameloom.errors import InputError
 
 
@@ -52,8 +53,9 @@ def load(method: str, weights: str | Path | None = None, *, size: str = "tiny", 
             authors published it, for methods whose card says so.
 
     Raises:
-        InputError: no such method, no such weights, or weights of another method (both are named).
+        InputError: no such method, device or weights, or weights of another method (both are named).
     """
+    check_device(device)
     kind = card(method).load_class()
     if not (isinstance(kind, type) and issubclass(kind, nn.Module)):
         if weights is not None:

@@ -22,6 +22,7 @@ from torch import Tensor
 from frameloom.bitstream.container import Container, Header, parse
 from frameloom.bitstream.varint import pack_numbers, unpack_numbers
 from frameloom.cards import card, chosen
+from frameloom.device import check_device
 from frameloom.errors import InputError
 from frameloom.metrics.rate import bits_per_pixel
 from frameloom.progress import Progress, silent
@@ -95,6 +96,7 @@ def compress(
     Raises InputError for a setting that the method does not have, and for what the method itself refuses.
     """
     path = Path(path)
+    check_device(device)
     if not path.parent.is_dir():
         raise InputError(f"{path}: there is no folder {path.parent}")
     if bpp is not None:
