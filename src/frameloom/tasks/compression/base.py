@@ -84,8 +84,9 @@ def compress(
     `size` is the number of bytes that the file may have; `bpp` says the same in bits a pixel; `quality="35dB"` is the
     PSNR that the decoded frames shall have (a plain number is a conventional codec's own rate factor).
     `method="auto"` is a conventional codec, because at equal size those measure best on ordinary clips; learned codecs
-    are asked for by name. Further settings go to the method (`epochs`, `minutes`, `strides`, `fit`, `loss` for those
-    that fit a network; `preset` for `x264`, `x265`, `av1`). The file appears under its name only when it is complete.
+    are asked for by name. Further settings go to the method (`epochs`, `minutes`, `learning_rate`, `strides`, `fit`,
+    `loss` for those that fit a network; `preset` for `x264`, `x265`, `av1`). The file appears under its name only when
+    it is complete.
 
     A method that must hold the whole clip takes a long one in segments, each a fit of its own: of `segment` frames, or
     as many as fit in a gigabyte.
@@ -115,6 +116,8 @@ def compress(
         given["state"] = state = State(path.with_name(f".{path.name}.state"), about, resume)
     elif resume:
         raise InputError(f"--resume: {method} keeps nothing to go on with; it begins anew in a moment")
+    if clip.source.passthrough:
+        _log.warning("%s: its sound or subtitles are not stored; a .flm file holds pictures alone", clip.info.name)
     given |= {"size": size, "seed": seed, "device": device, "progress": progress}
     started = time.perf_counter()
     cut = _segment(clip, method, segment)
