@@ -375,7 +375,7 @@ def test_a_loss_that_is_not_finite_stops_with_its_step():
             self.calls += 1
             return pictures * self.scale / (0 if self.calls == 5 else 1)
 
-    with pytest.raises(InputError, match="the loss is not finite at step 5"):
+    with pytest.raises(InputError, match="the loss is NaN or infinite at step 5"):
         fit(Diverging(), moving().bytes_tensor(), epochs=3)
 
 
