@@ -19,6 +19,7 @@ from typing import Any, Protocol
 from jaxtyping import Float
 from torch import Tensor
 
+from frameloom.atomic import aside
 from frameloom.bitstream.container import Container, Header, parse
 from frameloom.bitstream.varint import pack_numbers, unpack_numbers
 from frameloom.cards import card, chosen
@@ -403,14 +404,10 @@ def codec_of(header: Header, origin: str) -> Any:
 
 def write_whole(path: Path, data: bytes) -> None:
     """The bytes under the name, all of them or none."""
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
     try:
-        with partial.open("wb") as file:
+        with aside(path) as partial, partial.open("wb") as file:
             file.write(data)
             file.flush()
             os.fsync(file.fileno())
-        os.replace(partial, path)
     except OSError as error:
         raise InputError(f"{path}: cannot be written ({error.strerror or error})") from None
-    finally:
-        partial.unlink(missing_ok=True)
