@@ -11,6 +11,7 @@ import socket
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -25,7 +26,7 @@ from frameloom.cli.app import app
 from frameloom.cli.batch import _preload, recipe
 from frameloom.cli.batch import check as batch_check
 from frameloom.errors import InputError
-from frameloom.scale.farm import local, torchrun, worker
+from frameloom.scale.farm import cluster, local, torchrun, worker
 from frameloom.scale.farm.manifest import Unit, gather, matched, pending, read_list
 from frameloom.scale.farm.run import farm
 from frameloom.scale.farm.torchrun import SharedList
@@ -57,6 +58,8 @@ def shout(unit: Unit, draft: Path) -> dict:
         raise InputError(f"{draft}: cannot be made of {unit.input}")
     if "bug" in text:
         raise ZeroDivisionError("division by zero")
+    if "leave" in text:
+        sys.exit(3)
     if "crash" in text or ("stumble" in text and first):
         os.kill(os.getpid(), signal.SIGKILL)
     if "hang" in text or ("slow" in text and first):
@@ -673,12 +676,50 @@ def test_ray_makes_the_same_tree_and_survives_a_worker_that_dies(videos, sequent
     assert report.count("failed") == 2
     assert clean(tmp_path / "videos") == clean(sequential)
     out = tmp_path / "out"
-    units = plan(tmp_path / "in", out, good="good", crash="crash", stumble="stumble once", bug="bug")
+    units = plan(tmp_path / "in", out, good="good", crash="crash", stumble="stumble once", bug="bug",
+                 leave="leave")  # fmt: skip
     report = farm(lambda: units, Worker(shout), out, engine="ray")
     found = {Path(outcome.input).stem: outcome for outcome in report.outcomes}
     assert {name for name, outcome in found.items() if outcome.status == "made"} == {"good", "stumble"}
     assert "process died" in found["crash"].error
     assert (found["bug"].tries, found["bug"].error[:17]) == (2, "ZeroDivisionError")
+    assert (found["leave"].tries, found["leave"].error[:13]) == (2, "SystemExit: 3")
+    assert (tmp_path / "in" / "leave.seen").read_text() == "xx"
     assert hidden(out) == []
     # What a cluster of the engine's own has to say goes to standard error, and has been said when it is shut down.
     assert capsys.readouterr().out == ""
+
+
+@pytest.fixture
+def silent_port() -> Iterator[str]:
+    """Somebody listens there who is no Ray."""
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        yield f"127.0.0.1:{listener.getsockname()[1]}"
+
+
+@pytest.mark.parametrize("address", ["127.0.0.1:9", "ray://127.0.0.1:9", "SILENT", "nonsense"])
+def test_a_ray_address_that_leads_nowhere_is_one_line_in_time(videos, tmp_path, monkeypatch, silent_port, address):
+    pytest.importorskip("ray")
+    assert cluster.PATIENCE < 25  # and Python's own start comes to it
+    monkeypatch.setattr(cluster, "PATIENCE", 3.0)
+    address = address.replace("SILENT", silent_port)
+    monkeypatch.setenv("RAY_ADDRESS", address)
+    begun = time.monotonic()
+    with pytest.raises(InputError, match=r"^RAY_ADDRESS=\S+: no Ray cluster can be joined there \(.+\); .*"
+                                         r"RAY_AUTH_MODE=token$") as caught:  # fmt: skip
+        frameloom.batch("interpolate", videos / "*.mp4", tmp_path / "out", BLEND, engine="ray")
+    assert address in str(caught.value)
+    assert "Traceback" not in str(caught.value)
+    assert time.monotonic() - begun < 15
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_ray_address_that_leads_to_a_cluster_passes(monkeypatch):
+    ray = pytest.importorskip("ray")
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    found = ray.init(num_cpus=1, object_store_memory=cluster.STORE, include_dashboard=False, log_to_driver=False)
+    try:
+        monkeypatch.setenv("RAY_ADDRESS", found.address_info["gcs_address"])
+        assert cluster._unusable() == ""
+    finally:
+        ray.shutdown()

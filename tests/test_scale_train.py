@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -210,6 +211,45 @@ def test_a_stopped_run_goes_on_upon_another_mesh_to_the_same_end(tmp_path):
         assert torch.equal(_weights(moved)[name], value), name
     rows = [json.loads(row)["step"] for row in (tmp_path / "moved" / "metrics.jsonl").read_text().splitlines()]
     assert rows == [0, 2]
+
+
+def _told(rank: int, folders: list[str]) -> list[str]:
+    """What a rank says of every run, one after the other in one group."""
+    said = []
+    for out in folders:
+        try:
+            _train(rank, {out: "pp=2,microbatches=4"})
+        except InputError as error:
+            said.append(str(error))
+    return said
+
+
+DAMAGES = {
+    "a part is gone": lambda state: (state / "__1_0.distcp").unlink(),
+    "a part is cut": lambda state: os.truncate(state / "__0_0.distcp", 100),
+    "a part is empty": lambda state: os.truncate(state / "__1_0.distcp", 0),
+    "its list is gone": lambda state: (state / ".metadata").unlink(),
+    "its list is cut": lambda state: os.truncate(state / ".metadata", 50),
+}
+
+
+def test_a_state_that_is_damaged_or_cannot_be_written_is_one_line_of_every_rank(tmp_path):
+    run, full = tmp_path / "run", tmp_path / "full"
+    local(_train, 2, {str(run): "pp=2,microbatches=4"}, 2)
+    broken = [tmp_path / name for name in DAMAGES]
+    for folder, damage in zip(broken, DAMAGES.values(), strict=True):
+        shutil.copytree(run, folder)
+        damage(folder / "state")
+    full.mkdir()
+    (full / "state.part").write_text("in the way")
+    for said in local(_told, 2, [str(folder) for folder in [*broken, full]]):
+        *damaged, unwritten = said
+        for folder, line in zip(broken, damaged, strict=True):
+            assert line.startswith(f"{folder}/state: is no state of this run, or a damaged one ("), line
+            assert line.endswith("); remove it to begin anew"), line
+        assert unwritten.startswith(f"{full}/state.part: cannot be written ("), unwritten
+        assert unwritten.endswith("); the last whole state is kept; the same command goes on from it")
+        assert not any(mark in line for line in said for mark in ("\n", "Traceback"))
 
 
 EXPERTS = {"experts": 4, "top_k": 2, "capacity": 1.25}

@@ -562,7 +562,7 @@ def test_a_file_that_shrinks_is_not_read_as_noise(tmp_path):
     ({"k": 5, "budget": 16000}, r"16 kB: 5 blocks of 4.42 kB and 2.18 kB that always stay are 24.3 kB; k 3 fits"),
     ({"k": None, "budget": 3000}, r"budget 3 kB: .* not even one block"),
     ({"k": 1, "budget": 3000}, r"not even one block"),
-    ({"device": "mps"}, r"device mps: blocks are streamed to cpu or cuda"),
+    ({"device": "mps"}, r"device mps: this machine has no such device; here there is cpu"),
     ({"blocks": ["nothing"]}, r"blocks nothing: the model has no such module; it has inlet, blocks, head"),
     ({"blocks": ["blocks.0"]}, r"two or more"),
     ({"blocks": ["blocks", "blocks.0.up"]}, r"blocks.0: holds blocks.0.up"),

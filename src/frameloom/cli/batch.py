@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from frameloom.cli import options
+from frameloom.device import check_device
 from frameloom.errors import InputError
 from frameloom.progress import Progress, silent
 
@@ -132,6 +133,8 @@ def batch(
     out = Path(out)
     common = (*arguments, *flags(settings))
     device = recipe(verb, common)["options"].get("device")
+    if engine == "local" and device is not None:  # other engines' workers may have what this machine lacks
+        check_device(device)
     if threads < 1 or (limit is not None and limit <= 0):
         raise InputError(f"--threads {threads}, --limit {limit}: both are above 0")
 

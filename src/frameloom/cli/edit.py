@@ -28,7 +28,7 @@ def inpaint(
     method: options.Method = "auto",
     parameters: Annotated[int | None, typer.Option(help="of the network; one for 72 pixels if absent")] = None,
     epochs: Annotated[int | None, typer.Option(help="passes over the video; 300 if no minutes are given")] = None,
-    minutes: Annotated[float | None, typer.Option(help="how long the fit may take")] = None,
+    minutes: Annotated[float | None, typer.Option(help="by the clock, for the fit")] = None,
     seed: options.Seed = 0,
     device: options.Device = "cpu",
     *,

@@ -18,9 +18,10 @@ import numpy as np
 import torch
 from jaxtyping import Float, Int
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 
+from frameloom.atomic import save_tensors
 from frameloom.diffusion.cond import Cond
 from frameloom.diffusion.context import Ctx
 from frameloom.diffusion.denoiser import Denoiser, rebase, velocity
@@ -141,9 +142,7 @@ def make_pairs(
             with torch.no_grad():
                 data = draw(noise, cond.rows(which[part].to(device)))
             tensors = {"seed": seeds[part], "data": data.float().cpu(), "which": which[part]}
-            scratch = folder / "shard.tmp"
-            save_file({key: value.contiguous().clone() for key, value in tensors.items()}, scratch)
-            os.replace(scratch, name)
+            save_tensors({key: value.contiguous().clone() for key, value in tensors.items()}, name)
         progress(label, number + 1, len(names))
     return Pairs(folder, seed)
 

@@ -17,6 +17,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from frameloom.cards import cards
+from frameloom.device import check_device
 from frameloom.diffusion.cond import Cond
 from frameloom.diffusion.denoiser import Denoiser
 from frameloom.diffusion.guide import Guide
@@ -87,8 +88,9 @@ def open_generator(weights: str | None = None, device: str = "cpu") -> Generator
     """A model by its shipped name, a folder of a run, a folder or hub id of a diffusers pipeline.
 
     Raises:
-        InputError: no such model, or a folder that is neither (what was looked for is named).
+        InputError: no such model or device, or a folder that is neither (what was looked for is named).
     """
+    check_device(device)
     weights = weights or DEFAULT
     for card in cards().values():
         if card.makes_video and card.weights and weights in (card.base, card.id):

@@ -15,6 +15,7 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.nn import functional
 
+from frameloom.device import check_device
 from frameloom.diffusion.adapters.base import Adapter
 from frameloom.diffusion.cond import Cond
 from frameloom.diffusion.generator import Defaults
@@ -74,6 +75,7 @@ def load_pipeline(
     Raises:
         InputError: no pipeline, one of a class that has no adapter, or one that lacks a part.
     """
+    check_device(device)
     import diffusers
 
     index = _index(where)

@@ -6,7 +6,8 @@ average their gradients or keep the blocks in shards, and mixtures of experts ar
 
 import os
 import shutil
-from contextlib import nullcontext
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch import Tensor, nn
+from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 
@@ -152,7 +154,8 @@ class Run:
         if dist.get_rank() == 0:
             shutil.rmtree(draft, ignore_errors=True)
         dist.barrier()
-        dcp.save(self._state() | {"step": torch.tensor(step)}, checkpoint_id=str(draft))
+        with _in_one_line(draft, "cannot be written", "the last whole state is kept; the same command goes on from it"):
+            dcp.save(self._state() | {"step": torch.tensor(step)}, checkpoint_id=str(draft))
         if dist.get_rank() == 0:
             shutil.rmtree(out / "state.old", ignore_errors=True)
             if (out / "state").exists():
@@ -176,15 +179,12 @@ class Run:
             optimiser.step()
             optimiser.zero_grad(set_to_none=True)
         state = self._state() | {"step": torch.tensor(0)}
-        try:
+        with _in_one_line(folder, "is no state of this run, or a damaged one", "remove it to begin anew"):
             kept = dcp.FileSystemReader(str(folder)).read_metadata().state_dict_metadata
             # A parameter that no step has used yet has no slots of its optimiser, there or here.
             absent = {name for name in state if name.startswith("optimiser/") and name not in kept}
             state = {name: value for name, value in state.items() if name not in absent}
             dcp.load(state, checkpoint_id=str(folder))
-        except Exception as error:  # noqa: BLE001 - whatever a damaged or foreign state raises
-            reason = " ".join(str(error).split())[:160]
-            raise InputError(f"{folder}: is no state of this run ({reason}); remove it to begin anew") from None
         names = {id(value): name for name, value in self.mine.items()}
         for number, optimiser in enumerate(self.optimisers):
             for value in list(optimiser.state):
@@ -237,6 +237,23 @@ class Run:
 
     def _kind(self, name: str) -> torch.dtype:
         return self.model.get_parameter(name).dtype
+
+
+@contextmanager
+def _in_one_line(folder: Path, wrong: str, right: str) -> Iterator[None]:
+    """InputError on every rank for whatever a state raises that is damaged, foreign, or cannot be written."""
+    try:
+        yield
+    except CheckpointException as error:  # it is no Exception, and holds what each rank met
+        cause = error.failures[min(error.failures)][0]
+    except Exception as error:  # noqa: BLE001 - whatever the damage provokes
+        cause = error
+    else:
+        return
+    if not isinstance(cause, Exception):  # Ctrl-C, which came in the midst of it
+        raise cause
+    reason = " ".join(str(cause).split())[:160] or type(cause).__name__
+    raise InputError(f"{folder}: {wrong} ({reason}); {right}") from None
 
 
 def _sharded(value: nn.Parameter) -> bool:

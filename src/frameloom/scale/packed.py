@@ -17,7 +17,6 @@ import hashlib
 import json
 import os
 import shutil
-import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -28,9 +27,10 @@ import torch
 import torch.nn.functional as F
 from jaxtyping import Float, Int8, UInt8
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from frameloom.atomic import save_tensors
 from frameloom.bitstream.rangecoder import pack_symbols, unpack_symbols
 from frameloom.errors import InputError
 from frameloom.scale.experts import Experts, assign, experts_of, host_of, read_config, shapes, skeleton
@@ -124,10 +124,10 @@ def drafted(out: Path) -> Iterator[Path]:
     if out.exists():
         raise InputError(f"{out}: is there already; name a folder that is not")
     out.parent.mkdir(parents=True, exist_ok=True)
-    draft = Path(tempfile.mkdtemp(dir=out.parent, prefix=f".{out.name}."))
+    draft = out.with_name(f".{out.name}.{os.getpid()}.partial")
+    draft.mkdir()
     try:
         yield draft
-        draft.chmod(0o755)
         os.replace(draft, out)
     except BaseException:
         shutil.rmtree(draft, ignore_errors=True)
@@ -141,7 +141,7 @@ def save_dense(model: nn.Module, folder: Path) -> None:
     for name, value in model.state_dict().items():
         if seen.setdefault(value.data_ptr(), name) == name:
             values[name] = value.bfloat16().contiguous() if value.is_floating_point() else value.contiguous()
-    save_file(values, folder / "dense.safetensors")
+    save_tensors(values, folder / "dense.safetensors")
 
 
 def describe(folder: Path, host: dict[str, Any], bits: str, pack: str, rounding: str) -> None:

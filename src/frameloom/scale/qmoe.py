@@ -27,9 +27,9 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from frameloom.atomic import save_tensors
 from frameloom.cards import card, chosen
 from frameloom.errors import InputError
 from frameloom.progress import Progress, silent
@@ -257,7 +257,7 @@ class _Work:
                 for key, value in stored(symbols[index], rows[index], self.bits, self.pack).items():
                     values[f"{path}.expert_{one}.{matrix}.{key}"] = value
         self.report.bytes += sum(value.numel() * value.element_size() for value in values.values())
-        save_file(values, self.draft / name)
+        save_tensors(values, self.draft / name)
 
     def _answer(self, tokens: Tokens, one: int, plain: tuple[Tensor, Tensor], packed: list[Tensor]
                 ) -> tuple[float, float]:  # fmt: skip

@@ -27,6 +27,7 @@ from pydantic import ValidationError
 from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Receive, Scope, Send
 
+from frameloom.device import check_device
 from frameloom.errors import InputError
 from frameloom.language.tokens import TokenModel, open_folder, with_tokenizer
 from frameloom.scale.engine import Answer, Broken, Engine, Wish
@@ -47,8 +48,9 @@ def open_served(weights: str | Path | None, device: str = "cpu", dtype: torch.dt
     line here. All others are opened by transformers.
 
     Raises:
-        InputError: no folder, or not of a language model.
+        InputError: no such folder or device, or not of a language model.
     """
+    check_device(device)
     if weights is None:
         return load("world-words", device=device).served()
     folder = Path(weights)

@@ -36,6 +36,7 @@ import torch
 from torch import Tensor, nn
 
 from frameloom import memory
+from frameloom.device import check_device
 from frameloom.errors import InputError
 from frameloom.progress import Progress, silent
 from frameloom.scale.blocks import Block, Parts, take_apart
@@ -81,13 +82,15 @@ def stream(
         InputError: numbers that do not go together, a budget that is too small (it says which k fits), a model that
             cannot be taken apart (it says what it is made of), a checkpoint that is not this model's.
     """
+    check_device(device)
     device = torch.device(device)
     if "_streamed" in model.__dict__:
         raise InputError(f"{type(model).__name__}: is streamed already; call restore() on what stream() gave first")
     parts = take_apart(model, blocks)
     if len(parts.blocks) < 2:
         raise InputError(f"{type(model).__name__}: all its blocks share their weights; there is nothing to stream")
-    _check_device(device)
+    if device.type not in ("cpu", "cuda"):
+        raise InputError(f"device {device}: blocks are streamed to cpu or cuda")
     rest = sum(map(_bytes, _rest(model, parts.blocks).values()))
     plan = Plan.of(parts, rest, k, k_prime, pin, strict, budget, device)
     if empty := next((name for name, value in model.named_parameters() if value.is_meta), None):
@@ -289,13 +292,6 @@ def _fill_in(model: nn.Module, parts: Parts, checkpoint: Checkpoint) -> Parts:
                 group[name] = own[id(value)]
     return Parts([Block(block.name, block.module, {name: own[id(value)] for name, value in block.parameters.items()})
                   for block in parts.blocks], parts.tied)  # fmt: skip
-
-
-def _check_device(device: torch.device) -> None:
-    if device.type not in ("cpu", "cuda"):
-        raise InputError(f"device {device}: blocks are streamed to cpu or cuda")
-    if device.type == "cuda" and not torch.cuda.is_available():
-        raise InputError(f"device {device}: no GPU here; use cpu, with store disk")
 
 
 def _free(device: torch.device) -> int:

@@ -19,6 +19,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from frameloom.cards import card
+from frameloom.device import check_device
 from frameloom.errors import InputError, Interrupted
 from frameloom.progress import Progress, silent
 from frameloom.scale.adapt import Shape
@@ -62,6 +63,7 @@ def train(
             that were asked for different things, and a rank that is gone (it is named).
         Interrupted: Ctrl-C; the state of the last save is there.
     """
+    check_device(device)
     parallel = parse(parallel) if isinstance(parallel, str) else parallel
     kind = card(method).load_class()
     if not hasattr(kind, "recipe"):

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
 from frameloom.cards import card
+from frameloom.device import check_device
 from frameloom.errors import InputError, Interrupted
 from frameloom.progress import Progress, silent
 from frameloom.training.pretrained import digest, load, save_pretrained
@@ -101,6 +102,7 @@ def train(
             the loss is no number any more (the step is named).
         Interrupted: Ctrl-C; the state is saved.
     """
+    check_device(device)
     kind = card(method).load_class()
     if not hasattr(kind, "recipe"):
         raise InputError(f"{method} has nothing to train")

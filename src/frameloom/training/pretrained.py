@@ -3,19 +3,19 @@
 import dataclasses
 import hashlib
 import json
-import os
 import shutil
-import tempfile
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import nn
 
+from frameloom.atomic import aside, save_tensors
 from frameloom.cards import card
+from frameloom.device import check_device
 from frameloom.errors import InputError
 
 
@@ -28,11 +28,9 @@ def save_pretrained(model: nn.Module, method: str, folder: str | Path, dtype: to
         for name, value in model.state_dict().items()
     }
     note = {"method": method, "config": dataclasses.asdict(model.config)}
-    with tempfile.TemporaryDirectory(dir=folder, prefix=".saving") as scratch:
-        save_file(tensors, Path(scratch) / "model.safetensors")
-        (Path(scratch) / "config.json").write_text(json.dumps(note, indent=2) + "\n")
-        for name in ("model.safetensors", "config.json"):
-            os.replace(Path(scratch) / name, folder / name)
+    with aside(folder / "config.json") as partial:
+        partial.write_text(json.dumps(note, indent=2) + "\n")
+        save_tensors(tensors, folder / "model.safetensors")
     return folder
 
 
@@ -52,8 +50,9 @@ def load(method: str, weights: str | Path | None = None, *, size: str = "tiny", 
             authors published it, for methods whose card says so.
 
     Raises:
-        InputError: no such method, no such weights, or weights of another method (both are named).
+        InputError: no such method, device or weights, or weights of another method (both are named).
     """
+    check_device(device)
     kind = card(method).load_class()
     if not (isinstance(kind, type) and issubclass(kind, nn.Module)):
         if weights is not None:

@@ -1,14 +1,14 @@
 """A run's state on disk: weights, optimisers and a few facts in one safetensors file, replaced in one step."""
 
-import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from frameloom.atomic import save_tensors
 from frameloom.errors import InputError
 
 
@@ -28,9 +28,7 @@ def save_state(
         for number, slots in optimiser.state_dict()["state"].items():
             tensors |= {f"optimiser.{which}.{number}.{slot}": torch.as_tensor(value) for slot, value in slots.items()}
     tensors = {name: value.detach().cpu().contiguous().clone() for name, value in tensors.items()}
-    partial = path.with_name(f"{path.stem}.tmp")
-    save_file(tensors, partial, metadata=dict(facts))
-    os.replace(partial, path)
+    save_tensors(tensors, path, facts)
 
 
 def read_facts(path: Path) -> dict[str, str] | None:

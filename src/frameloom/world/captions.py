@@ -2,7 +2,6 @@
 
 import hashlib
 import os
-import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -10,6 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from frameloom.atomic import aside
 from frameloom.world.dataset import WorldDataset
 
 _BLOCK = 128
@@ -64,7 +64,5 @@ class CaptionedClips:
 def keep(path: Path, array: np.ndarray) -> None:
     """Write in one step, so that a reader beside never sees half a block."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(dir=path.parent)
-    with os.fdopen(handle, "wb") as file:
+    with aside(path) as partial, partial.open("wb") as file:
         np.save(file, array)
-    os.replace(name, path)

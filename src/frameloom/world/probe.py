@@ -14,9 +14,10 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float, Int
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from frameloom.atomic import save_tensors
 from frameloom.errors import InputError
 from frameloom.metrics.frechet import frechet_distance
 from frameloom.world.captions import CaptionedClips
@@ -169,8 +170,8 @@ def fit(out: Path, steps: int = 1400, size: int = 32, lr: float = 2e-3, seed: in
             print(f"step {step}  loss {loss.item():.3f}  {time.monotonic() - begun:.0f} s", flush=True)
     _standardise(probe, pools)
     out.mkdir(parents=True, exist_ok=True)
-    save_file({name: value.half().contiguous() for name, value in probe.state_dict().items()},
-              out / "model.safetensors")  # fmt: skip
+    tensors = {name: value.half().contiguous() for name, value in probe.state_dict().items()}
+    save_tensors(tensors, out / "model.safetensors")
     (out / "config.json").write_text(json.dumps({"method": "probe", "config": asdict(probe.config)}, indent=2) + "\n")
     return load_probe(out)
 

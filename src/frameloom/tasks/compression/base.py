@@ -19,9 +19,11 @@ from typing import Any, Protocol
 from jaxtyping import Float
 from torch import Tensor
 
+from frameloom.atomic import aside
 from frameloom.bitstream.container import Container, Header, parse
 from frameloom.bitstream.varint import pack_numbers, unpack_numbers
 from frameloom.cards import card, chosen
+from frameloom.device import check_device
 from frameloom.errors import InputError
 from frameloom.metrics.rate import bits_per_pixel
 from frameloom.progress import Progress, silent
@@ -83,8 +85,9 @@ def compress(
     `size` is the number of bytes that the file may have; `bpp` says the same in bits a pixel; `quality="35dB"` is the
     PSNR that the decoded frames shall have (a plain number is a conventional codec's own rate factor).
     `method="auto"` is a conventional codec, because at equal size those measure best on ordinary clips; learned codecs
-    are asked for by name. Further settings go to the method (`epochs`, `minutes`, `strides`, `fit`, `loss` for those
-    that fit a network; `preset` for `x264`, `x265`, `av1`). The file appears under its name only when it is complete.
+    are asked for by name. Further settings go to the method (`epochs`, `minutes`, `learning_rate`, `strides`, `fit`,
+    `loss` for those that fit a network; `preset` for `x264`, `x265`, `av1`). The file appears under its name only when
+    it is complete.
 
     A method that must hold the whole clip takes a long one in segments, each a fit of its own: of `segment` frames, or
     as many as fit in a gigabyte.
@@ -95,6 +98,7 @@ def compress(
     Raises InputError for a setting that the method does not have, and for what the method itself refuses.
     """
     path = Path(path)
+    check_device(device)
     if not path.parent.is_dir():
         raise InputError(f"{path}: there is no folder {path.parent}")
     if bpp is not None:
@@ -113,6 +117,8 @@ def compress(
         given["state"] = state = State(path.with_name(f".{path.name}.state"), about, resume)
     elif resume:
         raise InputError(f"--resume: {method} keeps nothing to go on with; it begins anew in a moment")
+    if clip.source.passthrough and clip.source.passthrough.sound:
+        _log.warning("%s: its sound or subtitles are not stored; a .flm file holds pictures alone", clip.info.name)
     given |= {"size": size, "seed": seed, "device": device, "progress": progress}
     started = time.perf_counter()
     cut = _segment(clip, method, segment)
@@ -398,14 +404,10 @@ def codec_of(header: Header, origin: str) -> Any:
 
 def write_whole(path: Path, data: bytes) -> None:
     """The bytes under the name, all of them or none."""
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
     try:
-        with partial.open("wb") as file:
+        with aside(path) as partial, partial.open("wb") as file:
             file.write(data)
             file.flush()
             os.fsync(file.fileno())
-        os.replace(partial, path)
     except OSError as error:
         raise InputError(f"{path}: cannot be written ({error.strerror or error})") from None
-    finally:
-        partial.unlink(missing_ok=True)

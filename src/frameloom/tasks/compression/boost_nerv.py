@@ -40,11 +40,13 @@ from frameloom.tasks.compression.nerv import Config, Learner
 FULL = 720 * 1280  # pixels of the frames for which the weights of the loss were published
 RATE_LEARNING = 5e-4
 REACH = 5.0  # how far, in its logarithm, a scale can move in the rate stage: 4 bits are 2.8
+FASTEST = 0.1  # and in one step of it, however few there are
 RATE_WEIGHT = 0.05
 BITS = 4.0  # of a parameter, unless a size says otherwise
 SLACK = 0.97  # of the size, which the rate stage aims at: noise is not quite rounding
 LEAST_SPREAD = 0.1  # of a Gaussian, in codes
 MAX_CODE = 2000
+LEAST_SCALE = 1e-6  # where float16 still keeps it to some digits
 _FLOOR = 1e-5
 _SCALE, _RUN = struct.Struct("<e"), struct.Struct("<eehh")
 
@@ -170,6 +172,7 @@ class BoostNeRV(Fitted):
         epochs: int | None,
         minutes: float | None,
         batch: int,
+        learning_rate: float | int | None = None,
         measure: Loss,
         seen: Float[Tensor, "t 1 h w"] | None,
         mixed: bool,
@@ -197,8 +200,9 @@ class BoostNeRV(Fitted):
             return error + RATE_WEIGHT * cost / pixels if cost.item() > SLACK * bits else error
 
         steps = None if epochs is None else max(1, round(epochs / 3)) * batches.steps
-        scales = {"params": [rated.logarithms, rated.offset], "lr": 2 * REACH / (steps or 1000)}
-        optimiser = Adan([{"params": list(learner.parameters())}, scales], RATE_LEARNING)
+        scales = {"params": [rated.logarithms, rated.offset], "lr": min(FASTEST, 2 * REACH / (steps or 1000))}
+        rate = min(RATE_LEARNING, learning_rate or RATE_LEARNING)
+        optimiser = Adan([{"params": list(learner.parameters())}, scales], rate)
         descend(rated, [optimiser], loss_at, steps=steps, minutes=minutes, schedule=falling, stage=1,
                 state=state, seed=seed, progress=progress, label="fitting the rate")  # fmt: skip
         with torch.no_grad():
@@ -215,8 +219,6 @@ class BoostNeRV(Fitted):
                 codes = run.flatten().cpu().numpy().astype(np.int64)
                 mean, spread = (float(np.float16(x)) for x in (codes.mean(), max(codes.std(), LEAST_SPREAD)))
                 low, high = int(codes.min()), int(codes.max())
-                if max(-low, high) > MAX_CODE:
-                    raise InputError("the fit's weights are too far from its scales; use a lower learning rate")
                 sides.append(_RUN.pack(mean, spread, low, high))
                 coder.put(codes - low, gaussian_table(mean, spread, low, high))
         more = {} if self.config.indexed else {"offset": np.float32(self.offset).tobytes()}
@@ -262,12 +264,17 @@ class BoostNeRV(Fitted):
         return state
 
     def codes(self, name: str, value: Tensor, levels: int) -> tuple[float, list[Tensor]]:
-        """The scale of a tensor as the file keeps it, and its codes, in runs that have a Gaussian of their own."""
-        scale = self.scales.get(name) or float(_span(value)) / 255
-        scale = float(np.float16(scale * LEVELS / levels)) or 6e-8
+        """The scale of a tensor as the file keeps it, and its codes, in runs that have a Gaussian of their own.
+
+        A scale that the fit left too fine for its tensor is made as coarse as the coder's range of codes needs, with a
+        tenth to spare, which float16 may round away.
+        """
         if name == "embeddings":
-            return scale, list(((value - np.float32(self.offset)) / scale).round())
-        return scale, [(value / scale).round()]
+            value = value - np.float32(self.offset)
+        scale = (self.scales.get(name) or float(_span(value)) / 255) * LEVELS / levels
+        scale = float(np.float16(max(scale, float(value.abs().max()) / (0.9 * MAX_CODE), LEAST_SCALE)))
+        codes = (value / scale).round()
+        return scale, list(codes) if name == "embeddings" else [codes]
 
     @staticmethod
     def _value(name: str, codes: Tensor, scale: float, offset: float) -> Tensor:

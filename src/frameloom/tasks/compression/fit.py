@@ -22,6 +22,7 @@ _log = logging.getLogger("frameloom.compression")
 Loss = Callable[[Tensor, Tensor], Tensor]
 
 KEEP_EVERY = 15.0  # seconds between two saves of a fit's state
+BUSY = 0.7  # of one processor; a fit that got less did not have the time that it was given
 
 LOSSES: dict[str, Loss] = {
     "l2": F.mse_loss,
@@ -110,9 +111,10 @@ def descend(
 ) -> int:
     """Step after step on `loss_at(step)`, every learning rate times `schedule(share done)`; the steps it came to.
 
-    Ends after `steps` steps (None: only `minutes` counts), after `minutes` (the schedule then runs by whichever is
-    further along), or as soon as `reached(steps done)` says so. Step k draws its chance from the seed and k alone, so
-    that with a `state` a killed fit goes on to the same weights (unless `minutes` ruled it: no two runs take as long).
+    Ends after `steps` steps (None: only `minutes` counts), after `minutes` by the clock on the wall (the schedule then
+    runs by whichever is further along; where others kept the processor busy, it is said), or as soon as
+    `reached(steps done)` says so. Step k draws its chance from the seed and k alone, so that with a `state` a killed
+    fit goes on to the same weights (unless `minutes` ruled it: no two runs take as long).
 
     Raises:
         InputError: the loss is no finite number any more; the step is named.
@@ -131,6 +133,7 @@ def descend(
     if reached is not None and reached(done):
         return done
     begun = kept = time.monotonic()
+    worked = time.process_time()
     module.train()
     try:
         with torch.random.fork_rng(devices=[]):
@@ -147,7 +150,8 @@ def descend(
                 torch.manual_seed(seed * 1_000_003 + done)
                 value = loss_at(done)
                 if not math.isfinite(value.item()):
-                    raise InputError(f"the loss is not finite at step {done + 1}; use a lower learning rate")
+                    raise InputError(f"the loss is NaN or infinite at step {done + 1}; use a lower learning rate, such "
+                                     f"as --set learning_rate={rates[0][0] / 10:.1g}")  # fmt: skip
                 for optimiser in optimisers:
                     optimiser.zero_grad(set_to_none=True)
                 value.backward()
@@ -164,8 +168,12 @@ def descend(
         # The step that was under way may have changed some weights: what was kept before it is whole.
         raise Interrupted(_stopped(state)) from None
     module.eval()
+    seconds, worked = time.monotonic() - begun, time.process_time() - worked
+    if minutes is not None and worked < BUSY * seconds and next(module.parameters()).device.type == "cpu":
+        _log.warning("%s: the machine was busy: %.0f s of processor time in %.0f s by the clock, which --minutes "
+                     "counts; --epochs does not depend on that", label, worked, seconds)  # fmt: skip
     if state is not None:
-        state.keep(stage, done, before + time.monotonic() - begun, module, optimisers)
+        state.keep(stage, done, before + seconds, module, optimisers)
     return done
 
 
@@ -176,14 +184,14 @@ def _stopped(state: State | None) -> str:
 
 
 class Shuffled:
-    """The batches of every epoch, shuffled by the seed and the epoch; the last incomplete batch is left out."""
+    """The batches of every epoch, shuffled by the seed and the epoch; the last incomplete batch is left out.
+
+    A clip shorter than a batch is one batch.
+    """
 
     def __init__(self, frames: UInt8[Tensor, "t 3 h w"], batch: int, seed: int, device: torch.device) -> None:
-        if len(frames) < batch:
-            raise InputError(f"the clip has {len(frames)} frame(s), fewer than one batch of {batch}; "
-                             "a fit needs more frames")  # fmt: skip
-        self.frames, self.batch, self.seed, self.device = frames, batch, seed, device
-        self.steps = len(frames) // batch
+        self.frames, self.batch, self.seed, self.device = frames, min(batch, len(frames)), seed, device
+        self.steps = len(frames) // self.batch
 
     def __call__(self, step: int) -> tuple[Tensor, Float[Tensor, "b 3 h w"]]:
         """Frame numbers and pictures in [0, 1] of a step."""
@@ -201,7 +209,7 @@ def fit(
     epochs: int | None = 300,
     minutes: float | None = None,
     batch: int = 2,
-    learning_rate: float = 1e-3,
+    learning_rate: float | int = 1e-3,
     optimiser: type[torch.optim.Optimizer] | None = None,
     slow: nn.Module | None = None,
     loss: str | Loss = "l2",
@@ -228,7 +236,7 @@ def fit(
         mixed: run the network in bfloat16 where autocast allows it; the loss is always float32.
         reached: asked after every epoch, with the steps done; the fit ends when it says so.
 
-    Raises InputError when there are fewer frames than `batch`, and when the loss is no longer finite.
+    Raises InputError when the loss is no longer finite.
     """
     if epochs is not None and epochs < 1:
         raise InputError(f"--epochs {epochs}: a fit takes 1 epoch or more")

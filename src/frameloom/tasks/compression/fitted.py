@@ -65,6 +65,7 @@ class Fitted(SectionedCodec, Decoder):
         epochs: int | None = None,
         minutes: float | None = None,
         batch: int | None = None,
+        learning_rate: float | int | None = None,
         loss: str | None = None,
         base: str | None = None,
         strides: Sequence[int] | None = None,
@@ -80,13 +81,20 @@ class Fitted(SectionedCodec, Decoder):
             size: bytes that the file shall have at most; by default about one for 72 pixels, 40 thousand to 3 million.
             psnr: mean PSNR in dB that the decoded frames shall have; the fit ends there.
             epochs: passes over the clip; 300, or as many as `minutes` hold.
+            batch: frames of a step; a shorter clip is one batch.
+            learning_rate: of the fit; by the network's size if absent (see `rate`).
             base: which network, of those that the method has (`boost-nerv`: hnerv or nerv).
-            minutes: the fit's time; its schedule then runs by the clock.
+            minutes: the fit's time by the clock on the wall, which its schedule then runs by: on a busy machine it
+                takes fewer steps.
             fit: frames that the strides do not divide are drawn larger and cut back ("pad"), or lose their edges
                 ("crop").
 
         Raises InputError for what cannot be, and for a quality that was not reached (saying which was).
         """
+        if batch is not None and not (isinstance(batch, int) and batch >= 1):
+            raise InputError(f"--set batch={batch}: a step has 1 frame or more")
+        if learning_rate is not None and not (isinstance(learning_rate, float | int) and 0 < learning_rate < math.inf):
+            raise InputError(f"--set learning_rate={learning_rate}: a rate is above 0, such as 0.001")
         pictures = load_pictures(clip)
         count, _, height, width = pictures.shape
         wanted = None if size is None else cls._parameters(size)
@@ -99,8 +107,8 @@ class Fitted(SectionedCodec, Decoder):
         while True:
             grand = of_size(config, round(config.parameters * _GROWTH**grown)) if grown else config
             network = cls.fitted_to(pictures, grand, psnr=psnr, target=size, epochs=epochs, minutes=minutes,
-                                    batch=batch, loss=loss, seed=seed, device=device, state=state,
-                                    progress=progress)  # fmt: skip
+                                    batch=batch, learning_rate=learning_rate, loss=loss, seed=seed, device=device,
+                                    state=state, progress=progress)  # fmt: skip
             data = network.smallest(header, pack_times(clip), pictures, size, psnr)
             if data is not None:
                 return data
@@ -172,6 +180,7 @@ class Fitted(SectionedCodec, Decoder):
         epochs: int | None = None,
         minutes: float | None = None,
         batch: int | None = None,
+        learning_rate: float | int | None = None,
         loss: str | Loss | None = None,
         psnr: float | None = None,
         target: int | None = None,
@@ -192,7 +201,8 @@ class Fitted(SectionedCodec, Decoder):
         learner.network.begin_at(pictures)
         if epochs is None and minutes is None:
             epochs = cls.epochs
-        steps = max(1, (epochs or cls.epochs) // _CHECKS) * max(1, len(pictures) // (batch or cls.batch))
+        batch = min(batch or cls.batch, len(pictures))
+        steps = max(1, (epochs or cls.epochs) // _CHECKS) * (len(pictures) // batch)
 
         def reached(done: int) -> bool:
             if done % steps:
@@ -204,13 +214,13 @@ class Fitted(SectionedCodec, Decoder):
 
         loss = loss or cls.loss
         mixed = half_pays(device, config)
-        fit(learner, pictures, epochs=epochs, minutes=minutes and cls.share * minutes, batch=batch or cls.batch,
-            learning_rate=cls.rate(config), optimiser=cls.optimiser, slow=learner.encoder, loss=loss, seen=seen,
-            seed=seed, mixed=mixed, reached=None if psnr is None else reached, state=state, progress=progress,
-            label=f"fitting {cls.method}")  # fmt: skip
+        fit(learner, pictures, epochs=epochs, minutes=minutes and cls.share * minutes, batch=batch,
+            learning_rate=learning_rate or cls.rate(config), optimiser=cls.optimiser, slow=learner.encoder, loss=loss,
+            seen=seen, seed=seed, mixed=mixed, reached=None if psnr is None else reached, state=state,
+            progress=progress, label=f"fitting {cls.method}")  # fmt: skip
         cls.finish(learner, pictures, target=target, epochs=epochs, minutes=minutes and (1 - cls.share) * minutes,
-                   batch=batch or cls.batch, measure=LOSSES[loss] if isinstance(loss, str) else loss, seen=seen,
-                   mixed=mixed, seed=seed, state=state, progress=progress)  # fmt: skip
+                   batch=batch, learning_rate=learning_rate, measure=LOSSES[loss] if isinstance(loss, str) else loss,
+                   seen=seen, mixed=mixed, seed=seed, state=state, progress=progress)  # fmt: skip
         learner.freeze(pictures)
         return learner.network.cpu().to(memory_format=torch.contiguous_format)
 

@@ -11,6 +11,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from frameloom.cards import card
+from frameloom.device import check_device
 from frameloom.errors import InputError
 from frameloom.progress import Progress, silent
 from frameloom.tasks.compression.fitted import Fitted
@@ -41,6 +42,7 @@ def inpaint(
 
     Raises InputError for a mask of another size or length, an empty one, one that hides all, and other methods.
     """
+    check_device(device)
     kind = card("hnerv" if method == "auto" else method, "compress").load_class()
     if not (isinstance(kind, type) and issubclass(kind, Fitted)) or "hnerv" not in kind.families:
         raise InputError(f"--method {method}: inpaint fits hnerv or boost-nerv; other codecs do not fill holes")

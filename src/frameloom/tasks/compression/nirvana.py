@@ -230,7 +230,7 @@ class Nirvana(SectionedCodec, nn.Module):
             if not math.isfinite(loss.item()):
                 bad = [name for name, one in coded if not one.latent.isfinite().all()]
                 where = f" (layer {bad[0]})" if bad else ""
-                raise InputError(f"the fit is not finite at step {step + 1}{where}; use a lower learning rate")
+                raise InputError(f"the fit is not finite at step {step + 1}{where}; use a lower --set learning_rate")
             return loss
 
         def reached(done: int) -> bool:
@@ -305,7 +305,7 @@ class Nirvana(SectionedCodec, nn.Module):
             size: not taken; what a file takes follows from the video and from the settings below.
             key: every so many groups, one is stored whole, so that decoding may begin there; 0 for the first alone.
             iterations: steps on the first group; every other takes `later`.
-            minutes: for the whole clip; a group that has used its share ends early.
+            minutes: for the whole clip, by the clock on the wall; a group that has used its share ends early.
             rate_weight: what a bit costs against the mean squared error; more makes smaller files.
             psnr: of what is stored, in dB, at which a group ends.
             split_on_cuts: a group ends at a cut; the next is a key group and takes `iterations`.

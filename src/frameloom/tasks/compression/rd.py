@@ -15,6 +15,7 @@ from typing import Any
 import torch
 
 from frameloom.cards import card, cards
+from frameloom.device import check_device
 from frameloom.errors import InputError
 from frameloom.metrics import bd_rate, bits_per_pixel, ms_ssim, psnr
 from frameloom.progress import Progress, silent
@@ -75,6 +76,7 @@ def rate_distortion(
 
     Raises InputError when nothing could be measured.
     """
+    check_device(device)
     if minutes is None and epochs is None:
         minutes = 1.0
     if not bits or min(bits) <= 0:

@@ -47,7 +47,7 @@ class Segments(SectionedCodec):
             raise InputError(f"--segment {segment}: a segment has 2 frames or more")
         starts = list(range(0, count, segment))
         if len(starts) > 1 and count - starts[-1] == 1:
-            starts.pop()  # one frame alone cannot be fitted
+            starts.pop()  # a network for one frame alone would be waste
         if len(starts) >= MAX_SECTIONS:
             least = -(-count // (MAX_SECTIONS - 1))
             raise InputError(f"--segment {segment}: a file holds {MAX_SECTIONS - 1} segments; take {least} or more")

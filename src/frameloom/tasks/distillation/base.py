@@ -16,6 +16,7 @@ from typing import Any, Protocol, runtime_checkable
 from torch import Tensor, nn
 
 from frameloom.cards import card, cards, chosen
+from frameloom.device import check_device
 from frameloom.diffusion.cond import Cond
 from frameloom.diffusion.distill import Pairs, check_ode, make_pairs, ode
 from frameloom.diffusion.generator import open_generator
@@ -136,6 +137,7 @@ def distill(
     Raises:
         InputError: whatever in this cannot be done, before anything is computed.
     """
+    check_device(device)
     maker = _recipe(recipe, options)
     name = teacher if isinstance(teacher, str) else getattr(teacher, "name", "the teacher")
     model = open_generator(teacher, device) if isinstance(teacher, str) else teacher

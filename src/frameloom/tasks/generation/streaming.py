@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from frameloom.device import check_device
 from frameloom.diffusion.generator import Generator, open_generator
 from frameloom.errors import InputError
 from frameloom.progress import Progress, silent
@@ -38,6 +39,7 @@ def open_streamed(
     """
     if unknown := [name for name in options if name not in OPTIONS]:
         raise InputError(f"--stream {unknown[0]}: has {', '.join(OPTIONS)}")
+    check_device(device)
     given = {OPTIONS[name]: value for name, value in options.items()}
     given["k"] = given["k"] + given.get("pin", 0) if "k" in given else None
     on_cpu = torch.device(device).type == "cpu"

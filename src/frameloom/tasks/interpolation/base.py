@@ -17,6 +17,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from frameloom.cards import card, chosen
+from frameloom.device import check_device
 from frameloom.errors import InputError
 from frameloom.motion.cuts import Change, change
 from frameloom.training.pretrained import digest, load
@@ -100,6 +101,7 @@ def interpolate(
     Raises:
         InputError: an impossible rate, a single frame, an unknown method, settings that the method does not take.
     """
+    check_device(device)
     if slow is not None:
         if not 1 < slow <= 64:
             raise InputError(f"--slow {slow:g}: slow motion is more than 1 and at most 64 times slower")
