@@ -69,7 +69,7 @@ def packets(path: Path, kind: str) -> list[list[tuple[bytes, Fraction]]]:
     """For every stream of a kind: (payload, instant relative to the first picture) of its packets."""
     with av.open(str(path)) as file:
         origin = min(p.pts * p.time_base for p in file.demux(video=0) if p.size and p.pts is not None)
-        file.seek(0)
+    with av.open(str(path)) as file:
         found: dict[int, list] = {}
         for packet in file.demux([s for s in file.streams if s.type == kind]):
             if packet.size:

@@ -232,6 +232,7 @@ def trial(encoding: Encoding, suffix: str, cargo: Cargo | None = None, span: Pas
         else:
             with open_input(span.path) as source:
                 copies = load(cargo, source, output, video, span.stream)
+            with open_input(span.path) as source:
                 output.mux(in_order([*video.encode(black), *video.encode(None)]))
                 for packet in _first_packets(source, copies):
                     packet.stream = copies[packet.stream_index]
@@ -310,14 +311,16 @@ def _first_packets(source: av.container.InputContainer, copies: dict[int, av.str
 
 def _missing(cargo: Cargo, span: Passthrough, encoding: Encoding, suffix: str) -> tuple[dict[int, str], list[str]]:
     """Which streams of `cargo` a trial file does not give back, and what else it does not, in words."""
-    with open_input(span.path) as source, av.open(io.BytesIO(trial(encoding, suffix, cargo, span))) as back:
+    file = io.BytesIO(trial(encoding, suffix, cargo, span))
+    with open_input(span.path) as source, av.open(file) as back:
         found = [s for s in back.streams if s.type in ("audio", "subtitle")]
         lost = {}
         said = []
         if len(found) == len(cargo.streams):
             for index, new in zip(cargo.streams, found, strict=True):
                 old = source.streams[index]
-                if old.type == "audio" and _decodes(source, old) and not _decodes(back, new):
+                heard = old.type != "audio" or _decodes(file, new.index) or not _decodes(span.path, index)
+                if not heard:
                     lost[index] = ""
                 flags = old.disposition & ~new.disposition & _FLAGS
                 said += [f"the flag {flag.name} of {_name(old)}" for flag in flags]
@@ -340,13 +343,14 @@ _FLAGS = (
 )  # fmt: skip
 
 
-def _decodes(container: av.container.InputContainer, stream: av.stream.Stream) -> bool:
-    container.seek(0)
-    try:
-        for packet in itertools.islice(_packets(container, [stream]), _PACKETS):
-            packet.decode()
-    except av.error.FFmpegError:
-        return False
+def _decodes(file: Path | io.BytesIO, index: int) -> bool:
+    """Whether the first packets of a stream are sound to its decoder."""
+    with av.open(io.BytesIO(file.getvalue()) if isinstance(file, io.BytesIO) else str(file)) as container:
+        try:
+            for packet in itertools.islice(_packets(container, [container.streams[index]]), _PACKETS):
+                packet.decode()
+        except av.error.FFmpegError:
+            return False
     return True
 
 
@@ -356,7 +360,6 @@ def packets(
     """(instant, packet) of the source's sound, subtitles and covers within `span`, on the clock of the new file."""
     if not copies:
         return
-    source.seek(0)
     for packet in steady(source, [source.streams[index] for index in copies], Clock()):
         if packet.size == 0 or packet.dts is None:
             continue

@@ -61,8 +61,11 @@ class Encoding:
         return f"{self.encoder} {self.width}x{self.height} {self.pix_fmt} {settings}".strip()
 
 
-def encoding_for(info: Info, codec: str, crf: int | None, preset: str | None, tick: Fraction) -> Encoding:
-    """Choose pixel format and options for one of `CODECS`; says (once, in the log) what cannot be kept.
+def encoding_for(
+    info: Info, codec: str, crf: int | None, preset: str | None, tick: Fraction, suffix: str = ".mkv"
+) -> Encoding:
+    """Choose pixel format and options for one of `CODECS` in a file of the kind that `suffix` names; says (once, in
+    the log) what cannot be kept.
 
     Raises InputError for an unknown codec, a crf out of its range, or a preset where there are none.
     """
@@ -87,6 +90,8 @@ def encoding_for(info: Info, codec: str, crf: int | None, preset: str | None, ti
         options["crf"] = str(spec.crf if crf is None else crf)
     if spec.preset is not None:
         options["cpu-used" if codec == "vp9" else "preset"] = preset or spec.preset
+    if suffix == ".avi":
+        options["bf"] = "0"  # AVI has no times of showing: what is shown in another order than decoded loses its own
     if codec == "h264" and torch.backends.cpu.get_cpu_capability() == "AVX512":
         # x264's AVX-512 code reads beyond the picture when its width is no multiple of 64: the same input then
         # encodes to different bytes from run to run, and a resumed file would not equal an undisturbed one.

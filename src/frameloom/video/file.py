@@ -171,6 +171,7 @@ class FileSource(Source):
                 raise InputError(self._ends_early(len(walk.stamps)))
             counted = self.keep_readable or self._interlaced or clock.jumps > 0 or walk.doubtful(container, stream)
             stamps = [None if stamp == UNKNOWN else stamp for stamp in sorted(walk.stamps)]
+            guessed = walk.guessed(container, stream)
             tick = Fraction(stream.time_base)
             rates = (stream.average_rate, stream.guessed_rate, stream.base_rate)
             nominal = [Fraction(rate) for rate in rates if rate]
@@ -188,7 +189,10 @@ class FileSource(Source):
             )
         if not stamps:
             raise InputError(f"{self.path}: no frames")
-        return build(stamps, walk, tick, nominal, self._expected[1] if whole else None, seekable=not clock.jumps)
+        decoded = walk.as_decoded(len(stamps)) if guessed else None
+        return build(
+            stamps, decoded, walk, tick, nominal, self._expected[1] if whole else None, seekable=not clock.jumps
+        )
 
     def _ends_early(self, count: int, why: str = "") -> str:
         expected = self._expected[0] or round((self._expected[1] or 0) * self.info.rate)

@@ -16,18 +16,19 @@ import numpy as np
 
 from frameloom.video.times import RegularTimes, standard_rate
 
-# Formats that store no time of showing, or none at all; and codecs whose packets may be pictures that are never shown
-# (VP8) or change between whole frames and fields (MPEG-2).
-_NO_TIMES = {"avi", "asf", "mpegvideo", "h264", "hevc", "m4v", "vc1", "obu"}
+# Streams without a container, and codecs whose packets may be pictures that are never shown (VP8) or change between
+# whole frames and fields (MPEG-2).
+_RAW = {"mpegvideo", "h264", "hevc", "m4v", "vc1", "obu"}
 _DECODED = {"vp8", "mpeg2video"}
 
 
 @dataclass(frozen=True)
 class Index:
-    """`stamps` of every frame in order of showing, in ticks of `tick` seconds; equal ones only for two pictures in
-    one tick. `end` is when the last one stops being shown, in seconds after the first; `rate` an average unless
-    `regular`. Only if `seekable` do the stamps find a picture from anywhere in the file."""
+    """`shown` is when each frame is shown, in ticks of `tick` seconds; equal only for two pictures in one tick.
+    `end` is when the last one stops being shown, in seconds after the first; `rate` an average unless `regular`. Only
+    if `seekable` do the `stamps` that the decoder gives the frames find one from anywhere in the file."""
 
+    shown: np.ndarray
     stamps: np.ndarray
     tick: Fraction
     rate: Fraction
@@ -37,20 +38,20 @@ class Index:
 
     @property
     def count(self) -> int:
-        return len(self.stamps)
+        return len(self.shown)
 
     @property
     def origin(self) -> Fraction:
         """The instant of the first frame on the file's own clock, in seconds."""
-        return int(self.stamps[0]) * self.tick if self.count else Fraction(0)
+        return int(self.shown[0]) * self.tick if self.count else Fraction(0)
 
     def times(self) -> Sequence[Fraction]:
         """The instants of the frames after the first, strictly rising."""
         if self.regular:
             return RegularTimes(self.rate, self.count)
-        times = [int(stamp - self.stamps[0]) * self.tick for stamp in self.stamps]
+        times = [int(stamp - self.shown[0]) * self.tick for stamp in self.shown]
         # Pictures that the container put on one tick share it out among them.
-        for first, size in _runs(self.stamps):
+        for first, size in _runs(self.shown):
             for place in range(1, size):
                 times[first + place] += place * self.tick / size
         return times
@@ -82,6 +83,7 @@ class Walk:
     """What the packets of one video stream say, in the order of decoding."""
 
     stamps: array = field(default_factory=lambda: array("q"))
+    decoding: array = field(default_factory=lambda: array("q"))
     certain: bool = True
     reordered: bool = False
     first_key: int | None = None
@@ -101,19 +103,34 @@ class Walk:
             self.certain = False  # belongs to a group that was cut away
         self.reordered |= bool(self.stamps) and stamp < self.stamps[-1]
         self.stamps.append(stamp)
+        self.decoding.append(UNKNOWN if packet.dts is None else packet.dts)
         self.last = max(self.last, (stamp, packet.duration or 0))
 
     def doubtful(self, container: av.container.InputContainer, stream: av.VideoStream) -> bool:
         """Whether packets may not be pictures, or their stamps not those of the pictures."""
-        formats, context = set(container.format.name.split(",")), stream.codec_context
+        context = stream.codec_context
         if not self.certain or len(np.unique(self.stamps)) < len(self.stamps) or context.name in _DECODED:
             return True
-        delayed = bool(context.has_b_frames) and not self.reordered and len(self.stamps) > 1
-        return delayed or (bool(formats & _NO_TIMES) and not context.codec.intra_only)
+        raw = bool(set(container.format.name.split(",")) & _RAW)
+        return (raw or self.guessed(container, stream)) and not context.codec.intra_only
+
+    def guessed(self, container: av.container.InputContainer, stream: av.VideoStream) -> bool:
+        """Whether the times of showing are FFmpeg's guess from those of decoding: the container stores no others, or
+        pictures wait for others and none is shown in another order."""
+        delayed = bool(stream.codec_context.has_b_frames) and not self.reordered and len(self.stamps) > 1
+        return delayed or bool(set(container.format.name.split(",")) & {"avi", "asf"})
+
+    def as_decoded(self, count: int) -> list[int] | None:
+        """The times of decoding, rising, if there is one for each of `count` pictures: the k-th one shown has the
+        k-th, where a container stores no others."""
+        if len(self.decoding) != count or UNKNOWN in self.decoding:
+            return None
+        return sorted(self.decoding)
 
 
 def build(
     stamps: list[int | None],
+    decoded: list[int] | None,
     walk: Walk,
     tick: Fraction,
     nominal: list[Fraction],
@@ -124,6 +141,7 @@ def build(
 
     Args:
         stamps: one for each picture; None where the file has none.
+        decoded: the rising times of decoding where those of showing were made from them; else None.
         tick: in seconds; `nominal` the frame rates that the headers name, the most trustworthy first.
         header_end: when the stream ends on the file's clock, by a header that speaks of this stream; None if unknown.
         seekable: whether the stamps were read off a file whose clock goes on steadily.
@@ -134,18 +152,18 @@ def build(
         rate = nominal[0] if nominal else Fraction(25)
         start = known[0] if known else 0
         ticks = np.array([start + round(k / (rate * tick)) for k in range(len(stamps))], np.int64)
-        return Index(ticks, tick, rate, True, Fraction(len(stamps)) / rate, False)
+        return Index(ticks, ticks, tick, rate, True, Fraction(len(stamps)) / rate, False)
     rising = all(early <= late for early, late in pairwise(known))
-    # A container without times of showing gave the pictures those of decoding: the k-th one shown has the k-th.
-    ticks = np.array(known if rising else sorted(known), np.int64)
-    rate, regular = standard_rate(ticks - ticks[:1], tick, nominal)
-    last = int(ticks[-1]) * tick if len(ticks) else Fraction(0)
+    found = np.array(sorted(known), np.int64)
+    shown = found if decoded is None else np.array(decoded, np.int64)
+    rate, regular = standard_rate(shown - shown[0], tick, nominal)
+    last = int(shown[-1]) * tick
     hold = Fraction(0)
-    if not walk.reordered and len(ticks) and walk.last[0] == ticks[-1]:
+    if not walk.reordered and walk.last[0] == found[-1]:
         hold = walk.last[1] * tick
     if header_end is not None:
         hold = max(hold, header_end - last)
     if regular and hold < Fraction(3, 2) / rate:
         hold = 1 / rate
-    end = last + (hold or 1 / rate) - (int(ticks[0]) * tick if len(ticks) else 0)
-    return Index(ticks, tick, rate, regular, end, seekable and rising)
+    end = last + (hold or 1 / rate) - int(shown[0]) * tick
+    return Index(shown, found, tick, rate, regular, end, seekable and rising)

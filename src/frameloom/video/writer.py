@@ -74,8 +74,8 @@ def write(
     if not len(times):
         raise InputError(f"{clip.info.name}: no frames to write")
     tick = 1 / clip.rate if clip.info.regular else _common_tick(times)
-    encoding = encoding_for(clip.info, codec, crf, preset, tick)
     suffix, travels = path.suffix.lower(), clip.source.passthrough
+    encoding = encoding_for(clip.info, codec, crf, preset, tick, suffix)
     say_what_changes(encoding, suffix)
     cargo = choose(travels, encoding, suffix) if travels else Cargo()
     job = hashlib.sha256(f"{clip.source.fingerprint()}\n{encoding!r}\n{SEGMENT}".encode()).hexdigest()
@@ -211,19 +211,23 @@ def _join(
         stack.enter_context(output)
         companions: Iterator[tuple[Fraction, av.Packet]] = iter(())
         if travels is not None:
-            source = stack.enter_context(open_input(travels.path))
-            companions = packets(cargo, source, load(cargo, source, output, video, travels.stream), travels)
+            with open_input(travels.path) as source:
+                copies = load(cargo, source, output, video, travels.stream)
+            companions = packets(cargo, stack.enter_context(open_input(travels.path)), copies, travels)
         waiting = next(companions, None)
         # NUT keeps when a frame is shown, not when it must be decoded. Decoding order is display order brought
         # forward by the deepest reordering that occurs, so that no frame is decoded after it is shown.
         shown = [_stamps(segment, encoding.time_base) for segment in segments]
         delay = max(early - stamp for piece in shown for early, stamp in zip(sorted(piece), piece, strict=True))
+        final = max(stamp for piece in shown for stamp in piece)
         for segment, stamps in zip(segments, shown, strict=True):
             with av.open(str(segment)) as piece:
                 frames = (packet for packet in piece.demux(video=0) if packet.size)
                 for packet, stamp, early in zip(frames, stamps, sorted(stamps), strict=True):
                     packet.time_base, packet.pts, packet.dts = encoding.time_base, stamp, early - delay
-                    packet.duration = round(duration(stamp * encoding.time_base) / encoding.time_base)
+                    # MP4 gives the last frame in the order of decoding what is left, whichever that is.
+                    ending = final if early == final else stamp
+                    packet.duration = round(duration(ending * encoding.time_base) / encoding.time_base)
                     while waiting is not None and waiting[0] <= packet.dts * encoding.time_base:
                         output.mux_one(waiting[1])
                         waiting = next(companions, None)
