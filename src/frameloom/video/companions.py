@@ -261,6 +261,7 @@ def say_what_changes(encoding: Encoding, suffix: str) -> None:
     try:
         file = io.BytesIO(trial(encoding, suffix))
         keep_shape(file, suffix, encoding)
+        file.seek(0)
         with av.open(file) as back:
             stream = back.streams.video[0]
             frame = next(back.decode(stream))
