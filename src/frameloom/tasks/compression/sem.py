@@ -18,7 +18,7 @@ Compression, arXiv 2104.06083, 2021.
 import math
 from bisect import bisect_right
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import accumulate
 from pathlib import Path
 from typing import Any
@@ -38,7 +38,9 @@ from frameloom.tasks.compression.base import SectionedCodec, describe, pack_time
 from frameloom.tasks.compression.pairs import Pairs, pairs
 from frameloom.tasks.compression.sem_coder import LatentCoder, checksum, tables_digest
 from frameloom.tasks.compression.sem_network import HYPER_STRIDE, Autoencoder, EntropyModel
+from frameloom.tasks.compression.sem_official import published
 from frameloom.training.pretrained import digest, load
+from frameloom.training.published import fill
 from frameloom.training.recipe import Recipe
 from frameloom.training.sizes import Sized
 from frameloom.video.clip import Clip
@@ -55,6 +57,7 @@ class Config:
     latent. `weights`: what the squared error weighs against bits a pixel, for each point of rate. `difference`: the
     latent's change is priced; otherwise the latent itself, its spatial prior seeing it as it is. `learned`: the share
     of a training run after which the autoencoder and the model of first frames stand still and the other model begins.
+    `official`: the layers and the Laplace densities of the authors' code; otherwise our own, with Gaussians.
     """
 
     widths: tuple[int, ...]
@@ -62,11 +65,12 @@ class Config:
     weights: tuple[float, ...]
     difference: bool = True
     learned: float = 0.55
+    official: bool = False
 
 
 PRESETS = {
     "tiny": Config(widths=(48, 64, 48), hidden=48, weights=(60.0, 150.0, 400.0, 1000.0, 2500.0, 6000.0)),
-    "paper": Config(widths=(256, 256, 256, 320), hidden=256,
+    "paper": Config(widths=(256, 256, 256, 320), hidden=256, learned=24 / 43, official=True,
                     weights=(50.0, 160.0, 300.0, 480.0, 710.0, 1000.0, 1350.0, 1780.0, 2302.0, 2915.0)),
 }  # fmt: skip
 
@@ -86,8 +90,9 @@ class Stages(Recipe):
 
 RECIPES = {
     "tiny": Stages(steps=10_000, batch_size=16, lr=1e-3, final_lr=2e-5, weight_decay=0.0, bf16=True),
-    # 1.9 million steps of the second stage are published; of the first none.
-    "paper": Stages(steps=4_200_000, batch_size=16, lr=1e-4, final_lr=1e-6, weight_decay=0.0, clip_norm=5.0),
+    # Published: the last fall of the rate at 2.4 million steps of the first stage and at 1.9 million of the second.
+    "paper": Stages(steps=4_300_000, batch_size=16, lr=1e-4, final_lr=1e-6, weight_decay=0.0, clip_norm=5.0,
+                    learned=24 / 43),
 }  # fmt: skip
 CROPS = {"tiny": 64, "paper": 256}
 
@@ -101,9 +106,28 @@ class SEM(Sized, SectionedCodec, nn.Module):
     def __init__(self, config: Config) -> None:
         super().__init__()
         self.config = config
-        self.pictures = Autoencoder(config.widths, config.weights)
-        self.intra = EntropyModel(config.widths[-1], config.hidden, temporal=False)
-        self.inter = EntropyModel(config.widths[-1], config.hidden, temporal=True)
+        self.pictures = Autoencoder(config.widths, config.weights, config.official)
+        self.intra = EntropyModel(config.widths[-1], config.hidden, temporal=False, official=config.official)
+        self.inter = EntropyModel(config.widths[-1], config.hidden, temporal=True, official=config.official)
+
+    @classmethod
+    def load_official(cls, path: str | Path) -> "SEM":
+        """The networks of a published checkpoint: `P_model/STPM_PSNR/model-NUMBER.index` with its data beside it.
+
+        The authors train the model of first frames apart. Where the file lacks it, it is taken from the folder that
+        their download puts it into, `I_model/CM_PSNR` (`CM_SSIM`) beside `P_model`. The filter after the decoder is
+        left away.
+
+        Raises InputError for a file that is not such a checkpoint, naming what does not fit.
+        """
+        state = published(path)
+        try:
+            layers = [state[f"pictures.down.{k}.conv.weight"] for k in range(4)]
+            config = replace(PRESETS["paper"], widths=tuple(len(layer) for layer in layers),
+                             hidden=len(state["intra.prior.mean"]))  # fmt: skip
+        except KeyError as error:
+            raise InputError(f"{path}: not a checkpoint of {cls.method}: it has no {error}") from None
+        return fill(lambda: cls(config), cls.method, path, state)
 
     @classmethod
     def dataset(cls, source: str, size: str, seed: int) -> Pairs:
@@ -141,7 +165,7 @@ class SEM(Sized, SectionedCodec, nn.Module):
     ) -> Float[Tensor, "b"]:
         """What latents are estimated to cost; `priors` are those of `EntropyModel.bits`."""
         model = self.intra if before is None else self.inter
-        # A Gaussian's tail is lost in half precision.
+        # A density's tail is lost in half precision.
         with torch.autocast(latent.device.type, enabled=False):
             before = before if before is None else before.float()
             return model.bits(latent.float(), before, self.config.difference, **priors)
@@ -211,7 +235,7 @@ class SEM(Sized, SectionedCodec, nn.Module):
         return make(float(min(DEFAULT_RATE, points) if rate is None else rate))
 
     def _file(self, clip: Clip, rate: float, gop: int, spatial: bool, temporal: bool, progress: Progress) -> bytes:
-        config = {"weights": digest(self), "tables": tables_digest(), "rate": rate, "spatial": spatial,
+        config = {"weights": digest(self), "tables": tables_digest(self.config.official), "rate": rate, "spatial": spatial,
                   "temporal": temporal}  # fmt: skip
         header = describe(clip, self.method, config)
         coder = LatentCoder(self.intra, self.inter, self.config.difference, spatial, temporal)
@@ -288,7 +312,7 @@ class SEM(Sized, SectionedCodec, nn.Module):
             given = "the shipped ones" if weights is None else str(weights)
             raise InputError(f"the file was made with other weights ({config['weights'][:16]}) than {given} "
                              f"({digest(network)}); give --weights those that it was made with")  # fmt: skip
-        if config["tables"] != tables_digest():
+        if config["tables"] != tables_digest(network.config.official):
             raise InputError("the file was made where the tables of the entropy coder are others; "
                              "it decodes with the version of frameloom and of scipy that made it")  # fmt: skip
         if not 1 <= config["rate"] <= len(network.config.weights):
