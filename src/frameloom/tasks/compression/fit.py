@@ -162,14 +162,15 @@ def descend(
                     break
     except KeyboardInterrupt:
         # The step that was under way may have changed some weights: what was kept before it is whole.
-        raise Interrupted(_stopped(state)) from None
+        raise Interrupted(stopped(state)) from None
     module.eval()
     if state is not None:
         state.keep(stage, done, before + time.monotonic() - begun, module, optimisers)
     return done
 
 
-def _stopped(state: State | None) -> str:
+def stopped(state: State | None) -> str:
+    """What to tell whoever stopped it."""
     if state is None or not state.path.is_file():
         return "stopped; nothing was written"
     return f"stopped; the same command with --resume goes on from {state.path}"
