@@ -68,8 +68,9 @@ def variables() -> dict[str, tuple[int, ...]]:
         found[f"decoder/up{k}/mask{k}/mask_w/kernel"] = (10, after)
         if k:
             gdn(f"decoder/up{k}")
-    for down, up, mask, join, prior, c in (("HE", "HD", "context_mask", "entropy_para", "base_z", 12),
-                                           ("Pmod_ResE", "Pmod_ResD", "Pmod_mask", "Pmod_entropy", "Pmod_z", 24)):  # fmt: skip
+    models = (("HE", "HD", "context_mask", "entropy_para", "base_z", 12),
+              ("Pmod_ResE", "Pmod_ResD", "Pmod_mask", "Pmod_entropy", "Pmod_z", 24))  # fmt: skip
+    for down, up, mask, join, prior, c in models:
         conv(f"{down}/flow0/conv_0", 3, 3, c, 8)
         conv(f"{down}/down1/conv_1", 5, 5, 8, 8)
         conv(f"{down}/down2/conv_2", 5, 5, 8, 8)
@@ -383,11 +384,12 @@ def test_laplace_bits_are_those_of_the_distribution_and_their_gradients_hold_in_
     for scale in (0.05, 0.7, 3.0, 50.0):
         edges = torch.stack([values - 0.5, values + 0.5]) - 0.2
         below = torch.where(edges < 0, (edges / scale).exp() / 2, 1 - (-edges / scale).exp() / 2)
-        found = laplace_bits(values, torch.tensor(0.2), torch.tensor(scale), floor=0)
+        mean, spread = (torch.full((6,), x, dtype=torch.float64) for x in (0.2, scale))
+        found = laplace_bits(values, mean, spread, floor=0.0)
         near = found < 40  # beyond it the difference of two numbers near 1 is no measure
         assert torch.allclose(found[near], -torch.log2(below[1] - below[0])[near], rtol=1e-3)
     spread = torch.full((3,), 0.5, requires_grad=True)
-    bits = laplace_bits(torch.tensor([3.0, 6.0, 9.0]), torch.zeros(3), spread, floor=0)
+    bits = laplace_bits(torch.tensor([3.0, 6.0, 9.0]), torch.zeros(3), spread, floor=0.0)
     bits.sum().backward()
     # d/db of d / b - log sinh(1 / 2b), in bits
     wanted = [(-d / 0.25 + 0.5 / 0.25 / np.tanh(1)) / np.log(2) for d in (3.0, 6.0, 9.0)]
@@ -405,7 +407,9 @@ def test_values_of_any_laplace_density_come_back_at_their_price(scale):
     data = out.to_bytes()
     assert torch.equal(Laplaces().get(Decoder(data), means, scales), values)
     if 0.03 <= scale <= 128:
-        assert 8 * len(data) == pytest.approx(float(laplace_bits(values, means, scales).sum()), rel=0.03, abs=64)
+        assert 8 * len(data) == pytest.approx(
+            float(laplace_bits(values.double(), means, scales).sum()), rel=0.03, abs=64
+        )
 
 
 def test_a_laplace_prior_has_tables_of_its_density():

@@ -274,7 +274,7 @@ class SEM(Sized, SectionedCodec, nn.Module):
         high = RATE_STEPS * (len(self.config.weights) - 1)
         if (most := reached(high)) < wanted:
             raise InputError(f"--quality {wanted:g}dB: {self.method} reaches {most:.2f} dB on this clip at most, "
-                             "with these weights; x264 has no such bound")  # fmt: skip
+                             "with these weights; ask for less, or take --method x264")  # fmt: skip
         low = -1
         while high - low > 1:
             middle = (low + high) // 2
