@@ -64,7 +64,7 @@ class State:
         facts = read_facts(self.path) if self.resume else None
         if facts is None:
             if self.resume:
-                _log.warning("--resume: there is no %s; the fit begins anew", self.path)
+                _log.warning("--resume: there is no %s; it begins anew", self.path)
             return
         if facts.get("about") != self.about:
             raise InputError(
