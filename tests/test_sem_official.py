@@ -22,6 +22,7 @@ from frameloom.cards import card
 from frameloom.errors import InputError
 from frameloom.tasks.compression.base import compress, decompress
 from frameloom.tasks.compression.sem import SEM
+from frameloom.tasks.compression.sem_coder import LatentCoder
 from frameloom.tasks.compression.sem_network import MaskedConv, OfficialGained, OfficialGDN, wavefronts
 from frameloom.training.bundle import MAGIC, Bundle
 from frameloom.training.pretrained import load, save_pretrained
@@ -279,6 +280,25 @@ def test_the_context_of_22_positions_is_what_the_coder_sees_of_each():
     windows = padded.unfold(1, 5, 1).unfold(2, 5, 1)
     for at in wavefronts(9, 8):
         assert torch.allclose(conv.at(windows[:, *at].transpose(0, 1)), conv(x)[0][:, *at].T, atol=1e-6)
+
+
+@pytest.mark.parametrize("official", [False, True])
+def test_prices_of_one_group_after_another_are_those_of_the_whole_latent(official):
+    torch.manual_seed(0)
+    network = SEM(replace(SMALL, official=official)).eval().double()
+    before, latent = (4 * torch.randn(2, 1, 12, 8, 12, dtype=torch.float64)).round()
+    coder = LatentCoder(network.intra, network.inter, difference=True, spatial=True, temporal=True)
+    coded, found = latent - before, torch.zeros(2, 12, 8, 12, dtype=torch.float64)
+
+    def exchange(means: Tensor, scales: Tensor, at: tuple[Tensor, Tensor]) -> Tensor:
+        found[0][:, *at], found[1][:, *at] = means.T, scales.T
+        return coded[0][:, *at].T
+
+    with torch.inference_mode():
+        z = network.inter.hyper(latent, before).round()
+        coder._walk(network.inter, z, before, (8, 12), exchange)
+        wanted = torch.cat(network.inter(coded, network.inter.context(z, before)))
+    assert torch.allclose(found, wanted, rtol=1e-9)
 
 
 def moving(frames: int = 4) -> Clip:
