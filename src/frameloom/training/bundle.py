@@ -180,7 +180,8 @@ def _unpacked(data: bytes) -> bytes:
                 length, back = (tag >> 2 & 7) + 4, back | (tag >> 5) << 8
             if not 0 < back <= len(out):
                 raise ValueError("a copy of nothing")
-            run = bytes(out[-back:])
+            begin = len(out) - back
+            run = bytes(out[begin : begin + length])
             out += (run * -(-length // back))[:length]
         if len(out) > size:
             break
