@@ -17,13 +17,14 @@ import torch
 import torch.nn.functional as F
 
 from frameloom.bitstream.container import Container, parse
-from frameloom.errors import InputError
+from frameloom.errors import InputError, Interrupted
 from frameloom.metrics import psnr
 from frameloom.tasks.compression.base import compress, decompress, inspect
 from frameloom.tasks.compression.pairs import Pairs, pairs
 from frameloom.tasks.compression.sem import SEM, Config, check_settings
 from frameloom.tasks.compression.sem_coder import LatentCoder
 from frameloom.tasks.compression.sem_network import GDN, REACH, Gained, MaskedConv, wavefronts
+from frameloom.training import train
 from frameloom.training.pretrained import load, save_pretrained
 from frameloom.video.clip import Clip, Frame, Source
 from frameloom.world.dataset import clip as world_clip
@@ -204,6 +205,8 @@ def test_headers_that_promise_other_frames_are_refused(file, folder):
         ({"rate": 0}, r"--rate 0: these weights take 1 \(fewest bytes\) to 3"),
         ({"rate": 3.5}, "--rate 3.5"),
         ({"rate": 2, "size": 5000}, "--rate and --size"),
+        ({"rate": 2, "psnr": 30.0}, "--rate and --quality: give one of them"),
+        ({"psnr": 79.0}, r"--quality 79dB: sem reaches \d+\.\d\d dB on this clip at most"),
         ({"gop": 0}, "--gop 0: a group has 1 to"),
         ({"size": 10}, r"--size 10: sem takes at least \d+ bytes"),
         ({"weights": "nowhere"}, "--weights nowhere"),
@@ -274,6 +277,9 @@ def test_instants_without_a_constant_rate_are_kept(tmp_path):
         def frames(self, start=0, stop=None):
             yield from (frame.at(time) for frame, time in zip(clip.frames(start, stop), times[start:stop], strict=True))
 
+        def fingerprint(self):
+            return "uneven"
+
     report = compress(Clip(Uneven()), tmp_path / "a.flm", "sem", rate=1)
     assert list(decompress(report.path).times) == times
 
@@ -290,7 +296,6 @@ def test_paper_size_has_the_published_widths():
     assert [layer.out_channels for layer in network.inter.temporal[::2]] == [426, 533, 640]
     assert network.inter.spatial.weight.shape == (640, 320, 5, 5)
     assert network.inter.join[0].in_features == 6 * 320
-    assert [layer.out_features for layer in network.inter.join[::2]] == [4 * 320, 3 * 320, 2 * 320]
 
 
 def test_the_masked_convolution_sees_what_came_before_and_not_the_centre():
@@ -387,8 +392,71 @@ def test_training_pairs_are_the_same_for_a_number_and_only_for_it(monkeypatch):
     assert one["progress"].tolist() == [0.5] * 12
     assert torch.equal(one["pair"][3], other["pair"][0])
     assert not torch.equal(one["pair"][4], other["pair"][1])
-    with pytest.raises(InputError, match="--data vimeo: codecs learn from world"):
+    with pytest.raises(InputError, match="--data vimeo: codecs learn from world or from a folder of clips"):
         pairs("vimeo", 64, 0)
+
+
+@pytest.fixture(scope="module")
+def recorded(tmp_path_factory) -> Path:
+    """A folder of two clips, one of them in a folder below, and what is no clip beside them."""
+    folder = tmp_path_factory.mktemp("clips")
+    (folder / "more").mkdir()
+    moving(4, 64, 72).save(folder / "a.mp4", crf=1)
+    moving(7, 80, 64).save(folder / "more" / "b.mkv", crf=1)
+    (folder / "notes.txt").write_text("two clips")
+    return folder
+
+
+def test_a_folder_of_clips_gives_pairs_of_neighbours(recorded):
+    data = pairs(str(recorded), 64, 0)
+    assert [len(clip) for clip in data.clips] == [4, 7]
+    made = data.batch(list(range(40)), 0.25)
+    assert made["pair"].shape == (40, 2, 3, 64, 64)
+    assert made["progress"].tolist() == [0.25] * 40
+    again = pairs(str(recorded), 64, 0).batch([17, 3], 0.25)["pair"]
+    assert torch.equal(again, made["pair"][[17, 3]])
+    # The texture slides by a row and two columns a frame: neighbours are each other's shifted selves, either way round.
+    for first, second in made["pair"]:
+        shifts = [(first[:, max(r, 0) : 64 + min(r, 0), max(c, 0) : 64 + min(c, 0)]
+                   - second[:, max(-r, 0) : 64 + min(-r, 0), max(-c, 0) : 64 + min(-c, 0)]).abs().mean()
+                  for r in (-1, 1) for c in (-2, 2)]  # fmt: skip
+        assert min(shifts) < 0.03
+
+
+@pytest.mark.parametrize("what", ["nothing", "text", "damaged", "short", "small"])
+def test_a_folder_without_good_clips_is_refused_in_one_line_and_nothing_is_written(what, tmp_path, recorded):
+    folder = tmp_path / "in"
+    folder.mkdir()
+    if what == "text":
+        (folder / "notes.txt").write_text("none here")
+    elif what == "damaged":
+        (folder / "a.mp4").write_bytes((recorded / "a.mp4").read_bytes())
+        (folder / "b.mp4").write_bytes(bytes(5000))
+    elif what in ("short", "small"):
+        moving(1 if what == "short" else 3, 64, 72 if what == "short" else 40).save(folder / "b.mp4")
+    why = {"nothing": r"no clips in this folder; their names end in \.mp4,", "text": "no clips in this folder",
+           "damaged": r"b\.mp4.*; mend this clip or take it away", "short": r"b\.mp4 has 1 frame\(s\) of 72x64",
+           "small": r"b\.mp4 has 3 frame\(s\) of 40x64; this size learns from .* 64 pixels a side or more"}  # fmt: skip
+    with pytest.raises(InputError, match=rf"--data {folder}: [^\n]*{why[what]}[^\n]*$"):
+        train("sem", tmp_path / "out", data=str(folder), steps=2)
+    assert not (tmp_path / "out").exists()
+
+
+def test_training_on_a_folder_goes_on_after_a_stop(recorded, tmp_path, monkeypatch):
+    monkeypatch.setitem(SEM.presets, "tiny", SMALL)
+    monkeypatch.setitem(SEM.recipes, "tiny", replace(SEM.recipe("tiny"), batch_size=2, warmup=1, hold=0.0, bf16=False))
+    for folder in ("whole", "stopped"):
+
+        def blow(label: str, done: int, total: int | None, folder: str = folder) -> None:
+            if folder == "stopped" and done == 2:
+                raise KeyboardInterrupt
+
+        try:
+            train("sem", tmp_path / folder, data=str(recorded), steps=4, workers=0, progress=blow)
+        except Interrupted:
+            train("sem", tmp_path / folder, data=str(recorded), steps=4, workers=0)
+    one, other = (load("sem", tmp_path / folder) for folder in ("whole", "stopped"))
+    assert all(torch.equal(a, b) for a, b in zip(one.parameters(), other.parameters(), strict=True))
 
 
 @pytest.fixture(scope="module")
@@ -425,6 +493,63 @@ def test_the_frame_before_saves_bytes_and_a_cut_begins_a_group(slow):
 def test_a_size_is_reached_from_below(slow):
     data = SEM.encode(slow, size=4000, spatial=False)
     assert 3500 < len(data) <= 4000
+
+
+def test_a_quality_is_reached_by_the_lowest_rate_that_has_it(slow, tmp_path):
+    target = slow.tensor()
+    report = compress(slow, tmp_path / "a.flm", "sem", quality="31dB", spatial=False)
+    rate = inspect(report.path.read_bytes())["config"]["rate"]
+    assert 1 < rate < 6
+    reached = [float(psnr(made[None], frame[None])) for made, frame in
+               zip(decompress(report.path).tensor(), target, strict=True)]  # fmt: skip
+    assert 31 <= sum(reached) / len(reached) < 31.2
+    lower = SEM.encode(slow, rate=rate - 1 / 32, spatial=False)
+    assert sum(float(psnr(made[None], frame[None])) for made, frame in
+               zip(SEM.decode(lower), target, strict=True)) / len(target) < 31  # fmt: skip
+
+
+@pytest.mark.parametrize(("wish", "stop"), [({"rate": 2.5}, 4), ({"quality": "11dB"}, 4), ({"size": 5200}, 4),
+                                            ({"size": 5200}, 13)], ids=str)  # fmt: skip
+def test_a_stopped_encode_goes_on_to_the_same_file(wish, stop, folder, tmp_path):
+    clip = moving(9)
+    settings = {"weights": folder, "gop": 2, "spatial": False} | wish
+    coded: list[int] = []
+
+    def counting(label: str, done: int, total: int | None) -> None:
+        if label.startswith("encoding"):
+            coded.append(done)
+            if len(coded) == stop:
+                raise KeyboardInterrupt
+
+    path = tmp_path / "a.flm"
+    with pytest.raises(Interrupted, match=r"the same command with --resume goes on from .*a\.flm\.state"):
+        compress(clip, path, "sem", progress=counting, **settings)
+    assert not path.exists()
+    stop = -1
+    compress(clip, path, "sem", resume=True, progress=counting, **settings)
+    assert [one.name for one in tmp_path.iterdir()] == ["a.flm"]
+    stopped = len(coded)
+    assert (
+        path.read_bytes() == compress(clip, tmp_path / "b.flm", "sem", progress=counting, **settings).path.read_bytes()
+    )
+    # What is made again is the group that was under way.
+    assert stopped <= len(coded) - stopped + 2
+
+
+def test_what_other_weights_left_is_not_gone_on_with(folder, tmp_path):
+    save_pretrained(untrained(), "sem", tmp_path / "weights")
+    clip, path = moving(5), tmp_path / "a.flm"
+    settings = {"weights": tmp_path / "weights", "gop": 2, "spatial": False, "rate": 2}
+
+    def stopping(label: str, done: int, total: int | None) -> None:
+        if done == 4:
+            raise KeyboardInterrupt
+
+    with pytest.raises(Interrupted):
+        compress(clip, path, "sem", progress=stopping, **settings)
+    save_pretrained(untrained(1), "sem", tmp_path / "weights")
+    compress(clip, path, "sem", resume=True, **settings)
+    assert path.read_bytes() == SEM.encode(clip, **settings)
 
 
 def test_a_copy_of_the_network_makes_the_same_file(file, folder):

@@ -75,6 +75,9 @@ class Gaussians:
     Scales go to the nearest (in ratio) of 64 between 0.11 and 256, means to a sixteenth, so there are 1,024 tables.
     """
 
+    scales, tail = SCALES, _TAIL
+    table = staticmethod(gaussian_table)
+
     def __init__(self) -> None:
         self._tables: dict[int, Integer[np.ndarray, "16 k"]] = {}
 
@@ -96,8 +99,9 @@ class Gaussians:
         means, scales = (x.detach().cpu().numpy().astype(np.float64) for x in (means, scales))
         if not (np.isfinite(means).all() and np.isfinite(scales).all()):
             raise InputError("the entropy model's numbers are not finite")
-        step = np.log(SCALES[1] / SCALES[0])
-        level = np.round(np.log(np.clip(scales, SCALES[0], SCALES[-1]) / SCALES[0]) / step).astype(np.int64)
+        least, most = self.scales[0], self.scales[-1]
+        step = np.log(self.scales[1] / least)
+        level = np.round(np.log(np.clip(scales, least, most) / least) / step).astype(np.int64)
         sixteenths = np.round(np.clip(means, -1e6, 1e6) * FRACTIONS).astype(np.int64)
         whole, fraction = sixteenths // FRACTIONS, sixteenths % FRACTIONS
         for scale in np.unique(level):
@@ -111,14 +115,14 @@ class Gaussians:
 
     def _of(self, scale: int) -> Integer[np.ndarray, "16 k"]:
         if scale not in self._tables:
-            reach = int(np.ceil(_TAIL * SCALES[scale])) + 1
-            rows = [gaussian_table(f / FRACTIONS, SCALES[scale], -reach, reach + 1) for f in range(FRACTIONS)]
+            reach = int(np.ceil(self.tail * self.scales[scale])) + 1
+            rows = [self.table(f / FRACTIONS, self.scales[scale], -reach, reach + 1) for f in range(FRACTIONS)]
             self._tables[scale] = np.stack(rows)
         return self._tables[scale]
 
     def digest(self) -> int:
         """A checksum of all tables: two machines that agree on it decode each other's files."""
-        return zlib.crc32(b"".join(self._of(scale).astype("<i4").tobytes() for scale in range(len(SCALES))))
+        return zlib.crc32(b"".join(self._of(scale).astype("<i4").tobytes() for scale in range(len(self.scales))))
 
 
 class FactorisedPrior(nn.Module):

@@ -19,7 +19,9 @@ def train(
         Path | None, typer.Option("--out", "-o", help="the folder of the run; runs/METHOD if absent")
     ] = None,
     size: Annotated[str, typer.Option(help="tiny or paper")] = "tiny",
-    data: Annotated[str, typer.Option(help="world, or KIND:DIR for data that the method knows")] = "world",
+    data: Annotated[
+        str, typer.Option(help="world, for sem also a folder of clips, or KIND:DIR for data that the method knows")
+    ] = "world",
     steps: Annotated[int | None, typer.Option(help="another length than the recipe's")] = None,
     moe: Annotated[str | None, typer.Option(help=mixture.HELP)] = None,
     begin: Annotated[Path | None, typer.Option(help="a run to begin from, at half the rates")] = None,

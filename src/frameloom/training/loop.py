@@ -89,7 +89,7 @@ def train(
     under way `state.safetensors`.
 
     Args:
-        data: `"world"`, or `KIND:DIR` for a data set that the method knows.
+        data: `"world"`; for `sem` also a folder of clips; or `KIND:DIR` for a data set that the method knows.
         steps: another length than the recipe's.
         config: fields of the method's configuration that shall differ from the preset's, such as `{"experts": 8}`.
         begin: weights of another run to begin with, at half the recipe's rates; parameters that they lack begin fresh.
@@ -119,6 +119,7 @@ def train(
         run["config"] = dict(config)
     if start is not None:
         run["begin"] = digest(start)
+    dataset = kind.dataset(data, size, seed)
     out = Path(out)
     out.mkdir(parents=True, exist_ok=True)
     claim_folder(out, run)
@@ -128,7 +129,6 @@ def train(
         torch.set_num_threads(max(1, (os.cpu_count() or 1) - workers))
     torch.manual_seed(seed)
     model: nn.Module = kind(settings)
-    dataset = kind.dataset(data, size, seed)
     if hasattr(model, "prepare") and not (out / "state.safetensors").is_file():
         model.prepare(dataset)
     if start is not None:

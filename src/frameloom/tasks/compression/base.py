@@ -92,8 +92,8 @@ def compress(
     A method that must hold the whole clip takes a long one in segments, each a fit of its own: of `segment` frames, or
     as many as fit in a gigabyte.
 
-    A fit keeps its state beside the file while it is under way; after a kill, the same call with `resume` goes on
-    to the same file.
+    A fit, and `sem`, keeps its state beside the file while it is under way; after a kill, the same call with `resume`
+    goes on to the same file.
 
     Raises InputError for a setting that the method does not have, and for what the method itself refuses.
     """

@@ -65,7 +65,7 @@ class State:
         facts = read_facts(self.path) if self.resume else None
         if facts is None:
             if self.resume:
-                _log.warning("--resume: there is no %s; the fit begins anew", self.path)
+                _log.warning("--resume: there is no %s; it begins anew", self.path)
             return
         if facts.get("about") != self.about:
             raise InputError(
@@ -166,7 +166,7 @@ def descend(
                     break
     except KeyboardInterrupt:
         # The step that was under way may have changed some weights: what was kept before it is whole.
-        raise Interrupted(_stopped(state)) from None
+        raise Interrupted(stopped(state)) from None
     module.eval()
     seconds, worked = time.monotonic() - begun, time.process_time() - worked
     if minutes is not None and worked < BUSY * seconds and next(module.parameters()).device.type == "cpu":
@@ -177,7 +177,8 @@ def descend(
     return done
 
 
-def _stopped(state: State | None) -> str:
+def stopped(state: State | None) -> str:
+    """What to tell whoever stopped it."""
     if state is None or not state.path.is_file():
         return "stopped; nothing was written"
     return f"stopped; the same command with --resume goes on from {state.path}"

@@ -1,4 +1,8 @@
-"""What codecs learn from: two consecutive frames, of the rendered world or of photographs that slide and zoom."""
+"""What codecs learn from: two consecutive frames, of the rendered world, of photographs that slide and zoom, or of a
+folder of clips."""
+
+from functools import lru_cache
+from pathlib import Path
 
 import cv2
 import numpy as np
@@ -6,8 +10,12 @@ import torch
 from torch import Tensor
 
 from frameloom.errors import InputError
+from frameloom.video.companions import CONTAINERS
+from frameloom.video.reader import read
 from frameloom.world.pool import Pool
 from frameloom.world.textures import gallery
+
+SUFFIXES = (*CONTAINERS, ".mpg", ".mpeg", ".ts", ".y4m")
 
 
 class Pairs:
@@ -87,8 +95,63 @@ class Pairs:
         return 4 * rng.random() ** 3 * np.array([np.sin(angle), np.cos(angle)])
 
 
-def pairs(source: str, crop: int, seed: int) -> Pairs:
-    """The training data of `source`. Raises InputError for one that is not known."""
-    if source != "world":
-        raise InputError(f"--data {source}: codecs learn from world")
-    return Pairs(crop, seed)
+class Recorded:
+    """Endless crops of two frames of the clips in a folder and the folders below it, long ones more often.
+
+    Four examples in a row share their frames, for finding frames in a file is what takes the time; clips with many
+    keyframes are found faster.
+    """
+
+    SHARED = 4
+
+    def __init__(self, folder: Path, crop: int, seed: int) -> None:
+        """Raises InputError for a folder without clips, and names a clip that cannot be read or is too small."""
+        self.crop, self.seed = crop, seed
+        files = sorted(path for path in folder.rglob("*") if path.suffix.lower() in SUFFIXES and path.is_file())
+        if not files:
+            raise InputError(f"--data {folder}: no clips in this folder; their names end in {', '.join(SUFFIXES)}")
+        self.clips = [self._checked(folder, path) for path in files]
+        self.ends = np.cumsum([len(clip) - 1 for clip in self.clips])
+        self._frames = lru_cache(2)(self._read)
+
+    def _checked(self, folder: Path, path: Path):
+        try:
+            clip = read(path)
+            first = clip[:1].tensor()
+        except InputError as error:
+            raise InputError(f"--data {folder}: {error}; mend this clip or take it away") from None
+        height, width = first.shape[-2:]
+        if len(clip) < 2 or min(height, width) < self.crop:
+            raise InputError(f"--data {folder}: {path.name} has {len(clip)} frame(s) of {width}x{height}; this size "
+                             f"learns from 2 frames or more, {self.crop} pixels a side or more")  # fmt: skip
+        return clip
+
+    def _read(self, number: int) -> np.ndarray:
+        """Two consecutive frames `(2, h, w, 3)` as bytes, `number` counted through all clips."""
+        which = int(np.searchsorted(self.ends, number, "right"))
+        first = number - int(self.ends[which - 1]) if which else number
+        return self.clips[which][first : first + 2].bytes_tensor().permute(0, 2, 3, 1).numpy()
+
+    def batch(self, indices: list[int], progress: float) -> dict[str, Tensor]:
+        """`pair` (b, 2, 3, h, w) in [0, 1]; `progress` (b,)."""
+        made = np.stack([self._example(index) for index in indices])
+        pair = torch.from_numpy(made).permute(0, 1, 4, 2, 3).float() / 255
+        return {"pair": pair, "progress": torch.full((len(pair),), progress)}
+
+    def _example(self, index: int) -> np.ndarray:
+        place = np.random.default_rng([self.seed, index // self.SHARED, 1])
+        frames = self._frames(int(place.integers(self.ends[-1])))
+        rng = np.random.default_rng([self.seed, index])
+        top, left = (int(rng.integers(side - self.crop + 1)) for side in frames.shape[1:3])
+        pair = frames[:, top : top + self.crop, left : left + self.crop]
+        pair = pair[::-1] if rng.random() < 0.5 else pair
+        return pair[:, :, ::-1] if rng.random() < 0.5 else pair
+
+
+def pairs(source: str, crop: int, seed: int) -> Pairs | Recorded:
+    """The training data of `source`, `world` or a folder of clips. Raises InputError for one that is neither."""
+    if source == "world":
+        return Pairs(crop, seed)
+    if not Path(source).is_dir():
+        raise InputError(f"--data {source}: codecs learn from world or from a folder of clips; no such folder")
+    return Recorded(Path(source), crop, seed)

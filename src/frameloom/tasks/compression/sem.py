@@ -16,13 +16,16 @@ Compression, arXiv 2104.06083, 2021.
 """
 
 import math
+import time
 from bisect import bisect_right
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import accumulate
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float
@@ -32,13 +35,17 @@ from frameloom.bitstream.container import Container, parse, whole
 from frameloom.bitstream.entropy import rounded
 from frameloom.bitstream.rangecoder import Decoder, Encoder
 from frameloom.bitstream.varint import pack_numbers, unpack_numbers
-from frameloom.errors import InputError
+from frameloom.errors import InputError, Interrupted
+from frameloom.metrics import psnr as measure_psnr
 from frameloom.progress import Progress, silent
 from frameloom.tasks.compression.base import SectionedCodec, describe, pack_times
-from frameloom.tasks.compression.pairs import Pairs, pairs
+from frameloom.tasks.compression.fit import KEEP_EVERY, State, stopped
+from frameloom.tasks.compression.pairs import Pairs, Recorded, pairs
 from frameloom.tasks.compression.sem_coder import LatentCoder, checksum, tables_digest
 from frameloom.tasks.compression.sem_network import HYPER_STRIDE, Autoencoder, EntropyModel
+from frameloom.tasks.compression.sem_official import published
 from frameloom.training.pretrained import digest, load
+from frameloom.training.published import fill
 from frameloom.training.recipe import Recipe
 from frameloom.training.sizes import Sized
 from frameloom.video.clip import Clip
@@ -47,6 +54,7 @@ GOP, MAX_GOP = 12, 1 << 10
 DEFAULT_RATE = 4.0
 # A search for a size ends within this share below it, or after so many encodes.
 CLOSE_ENOUGH, ENCODES = 0.97, 8
+RATE_STEPS = 32  # of a point of rate, to which a quality is found
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,6 +63,7 @@ class Config:
     latent. `weights`: what the squared error weighs against bits a pixel, for each point of rate. `difference`: the
     latent's change is priced; otherwise the latent itself, its spatial prior seeing it as it is. `learned`: the share
     of a training run after which the autoencoder and the model of first frames stand still and the other model begins.
+    `official`: the layers and the Laplace densities of the authors' code; otherwise our own, with Gaussians.
     """
 
     widths: tuple[int, ...]
@@ -62,11 +71,12 @@ class Config:
     weights: tuple[float, ...]
     difference: bool = True
     learned: float = 0.55
+    official: bool = False
 
 
 PRESETS = {
     "tiny": Config(widths=(48, 64, 48), hidden=48, weights=(60.0, 150.0, 400.0, 1000.0, 2500.0, 6000.0)),
-    "paper": Config(widths=(256, 256, 256, 320), hidden=256,
+    "paper": Config(widths=(256, 256, 256, 320), hidden=256, learned=24 / 43, official=True,
                     weights=(50.0, 160.0, 300.0, 480.0, 710.0, 1000.0, 1350.0, 1780.0, 2302.0, 2915.0)),
 }  # fmt: skip
 
@@ -86,8 +96,9 @@ class Stages(Recipe):
 
 RECIPES = {
     "tiny": Stages(steps=10_000, batch_size=16, lr=1e-3, final_lr=2e-5, weight_decay=0.0, bf16=True),
-    # 1.9 million steps of the second stage are published; of the first none.
-    "paper": Stages(steps=4_200_000, batch_size=16, lr=1e-4, final_lr=1e-6, weight_decay=0.0, clip_norm=5.0),
+    # Published: the last fall of the rate at 2.4 million steps of the first stage and at 1.9 million of the second.
+    "paper": Stages(steps=4_300_000, batch_size=16, lr=1e-4, final_lr=1e-6, weight_decay=0.0, clip_norm=5.0,
+                    learned=24 / 43),
 }  # fmt: skip
 CROPS = {"tiny": 64, "paper": 256}
 
@@ -101,13 +112,32 @@ class SEM(Sized, SectionedCodec, nn.Module):
     def __init__(self, config: Config) -> None:
         super().__init__()
         self.config = config
-        self.pictures = Autoencoder(config.widths, config.weights)
-        self.intra = EntropyModel(config.widths[-1], config.hidden, temporal=False)
-        self.inter = EntropyModel(config.widths[-1], config.hidden, temporal=True)
+        self.pictures = Autoencoder(config.widths, config.weights, config.official)
+        self.intra = EntropyModel(config.widths[-1], config.hidden, temporal=False, official=config.official)
+        self.inter = EntropyModel(config.widths[-1], config.hidden, temporal=True, official=config.official)
 
     @classmethod
-    def dataset(cls, source: str, size: str, seed: int) -> Pairs:
-        """What a size learns from; `source` is `world`."""
+    def load_official(cls, path: str | Path) -> "SEM":
+        """The networks of a published checkpoint: `P_model/STPM_PSNR/model-NUMBER.index` with its data beside it.
+
+        The authors train the model of first frames apart. Where the file lacks it, it is taken from the folder that
+        their download puts it into, `I_model/CM_PSNR` (`CM_SSIM`) beside `P_model`. The filter after the decoder is
+        left away.
+
+        Raises InputError for a file that is not such a checkpoint, naming what does not fit.
+        """
+        state = published(path)
+        try:
+            layers = [state[f"pictures.down.{k}.conv.weight"] for k in range(4)]
+            config = replace(PRESETS["paper"], widths=tuple(len(layer) for layer in layers),
+                             hidden=len(state["intra.prior.mean"]))  # fmt: skip
+        except KeyError as error:
+            raise InputError(f"{path}: not a checkpoint of {cls.method}: it has no {error}") from None
+        return fill(lambda: cls(config), cls.method, path, state)
+
+    @classmethod
+    def dataset(cls, source: str, size: str, seed: int) -> Pairs | Recorded:
+        """What a size learns from; `source` is `world` or a folder of clips."""
         cls.preset(size)
         return pairs(source, CROPS[size], seed)
 
@@ -141,7 +171,7 @@ class SEM(Sized, SectionedCodec, nn.Module):
     ) -> Float[Tensor, "b"]:
         """What latents are estimated to cost; `priors` are those of `EntropyModel.bits`."""
         model = self.intra if before is None else self.inter
-        # A Gaussian's tail is lost in half precision.
+        # A density's tail is lost in half precision.
         with torch.autocast(latent.device.type, enabled=False):
             before = before if before is None else before.float()
             return model.bits(latent.float(), before, self.config.difference, **priors)
@@ -179,52 +209,102 @@ class SEM(Sized, SectionedCodec, nn.Module):
         *,
         size: int | None = None,
         rate: float | int | None = None,
+        psnr: float | None = None,
         gop: int = GOP,
         spatial: bool = True,
         temporal: bool = True,
         weights: str | Path | None = None,
+        state: State | None = None,
         seed: int = 0,
         device: str = "cpu",
         progress: Progress = silent,
     ) -> bytes:
         """The clip at `rate`, from 1 (small) to the number of points that the weights have; fractions lie between.
 
-        `size`: instead, the largest file of at most so many bytes (up to 8 encodes). A frame is coded without the one
-        before it every `gop` frames, and where that is cheaper, as after a cut. `spatial` and `temporal` switch those
-        priors; without the spatial one, which goes through a frame in many small steps, coding is about twice as fast.
-        Holds one frame and two latents, and the file. `device` runs the autoencoder; what decides the integers' prices
-        runs on the CPU, as it will where the file is read. `seed` is what every codec takes; there is no chance here.
+        `size`: instead, the largest file of at most so many bytes (up to 8 encodes). `psnr`: instead, the lowest rate
+        whose frames have so many dB on average (found by drawing the clip some 7 times; it is coded once). A frame is
+        coded without the one before it every `gop` frames, and where that is cheaper, as after a cut. `spatial` and
+        `temporal` switch those priors; without the spatial one, which goes through a frame in many small steps, coding
+        is about twice as fast. Holds one frame and two latents, and the file. `device` runs the autoencoder; what
+        decides the integers' prices runs on the CPU, as it will where the file is read. `seed` is what every codec
+        takes; there is no chance here.
+        With a `state`, whole groups are kept there every 15 s or so, and what it holds of a stopped call is not made
+        again.
 
-        Raises InputError for settings out of range, frames of several sizes, and a `size` that cannot be reached.
+        Raises:
+            InputError: settings out of range, frames of several sizes, a `size` or `psnr` that cannot be reached.
+            Interrupted: Ctrl-C; with a `state`, the groups that were whole are kept.
         """
         network = load(cls.method, weights, device=device)
         points = len(network.config.weights)
-        if size is not None and rate is not None:
-            raise InputError("--rate and --size: give one of the two")
+        wishes = {"--rate": rate, "--size": size, "--quality": psnr}
+        if len(given := [flag for flag, wish in wishes.items() if wish is not None]) > 1:
+            raise InputError(f"{' and '.join(given)}: give one of them")
         check_settings(points, rate, gop, spatial=spatial, temporal=temporal)
+        kept = Kept(state, digest(network))
 
         def make(rate: float) -> bytes:
-            return network._file(clip, rate, gop, spatial, temporal, progress)
+            return kept.once(
+                f"file {rate!r}", lambda: network._file(clip, rate, gop, spatial, temporal, kept, progress)
+            )
 
-        if size is not None:
-            return _largest(make, size, float(points))
-        return make(float(min(DEFAULT_RATE, points) if rate is None else rate))
+        try:
+            if size is not None:
+                return _largest(make, size, float(points))
+            if psnr is not None:
+                found = kept.once("rate", lambda: repr(network._rate_of(clip, psnr, progress)).encode())
+                return make(float(found))
+            return make(float(min(DEFAULT_RATE, points) if rate is None else rate))
+        except KeyboardInterrupt:
+            kept.write()
+            raise Interrupted(stopped(state)) from None
 
-    def _file(self, clip: Clip, rate: float, gop: int, spatial: bool, temporal: bool, progress: Progress) -> bytes:
-        config = {"weights": digest(self), "tables": tables_digest(), "rate": rate, "spatial": spatial,
-                  "temporal": temporal}  # fmt: skip
+    def _rate_of(self, clip: Clip, wanted: float, progress: Progress) -> float:
+        """The lowest rate, to 1/32 of a point, whose frames have `wanted` dB on average."""
+
+        def reached(steps: int) -> float:
+            rate, found = 1 + steps / RATE_STEPS, []
+            for count, frame in enumerate(clip, start=1):
+                picture = frame.rgb
+                drawn = self.draw(self.integers(picture, rate), rate, *picture.shape[1:])
+                found.append(float(measure_psnr(drawn[None], picture[None])))
+                progress(f"measuring rate {rate:g}", count, len(clip))
+            return fmean(found)
+
+        low, high = 0, RATE_STEPS * (len(self.config.weights) - 1)
+        over, under = reached(high) - wanted, reached(low) - wanted
+        if over < 0:
+            raise InputError(f"--quality {wanted:g}dB: {self.method} reaches {wanted + over:.2f} dB on this clip at "
+                             "most, with these weights; ask for less, or take --method x264")  # fmt: skip
+        if under >= 0:
+            return 1.0
+        # False position: quality is nearly linear in the rate. An end that stays counts half (Illinois), so that
+        # both close in.
+        while high - low > 1:
+            middle = min(max(round(low + under / (under - over) * (high - low)), low + 1), high - 1)
+            if (found := reached(middle) - wanted) >= 0:
+                high, over, under = middle, found, under / 2
+            else:
+                low, under, over = middle, found, over / 2
+        return 1 + high / RATE_STEPS
+
+    def _file(
+        self, clip: Clip, rate: float, gop: int, spatial: bool, temporal: bool, kept: "Kept", progress: Progress
+    ) -> bytes:
+        tables = tables_digest(self.config.official)
+        config = {"weights": digest(self), "tables": tables, "rate": rate, "spatial": spatial, "temporal": temporal}
         header = describe(clip, self.method, config)
         coder = LatentCoder(self.intra, self.inter, self.config.difference, spatial, temporal)
-        groups: list[list[int]] = []
-        stream, checks = bytearray(), bytearray()
-        out, before, count = Encoder(), None, 0
+        stream, checks, groups = kept.groups(rate)
+        out, before, done = Encoder(), None, sum(frames for frames, _ in groups)
+        count = done
 
         def close() -> None:
             data = out.to_bytes()
             stream.extend(data)
             groups[-1].append(len(data))
 
-        for count, frame in enumerate(clip, start=1):
+        for count, frame in enumerate(clip.frames(done), start=done + 1):
             picture = frame.rgb
             if tuple(picture.shape[1:]) != (header.height, header.width):
                 found = f"{picture.shape[2]}x{picture.shape[1]}"
@@ -232,8 +312,9 @@ class SEM(Sized, SectionedCodec, nn.Module):
                                  "all frames of a clip must have one size")  # fmt: skip
             latent = self.integers(picture, rate)
             if before is None or groups[-1][0] == gop or coder.stands_alone(latent, before):
-                if groups:
+                if before is not None:
                     close()
+                    kept.keep(rate, stream, checks, groups)
                 groups.append([0])
                 out, before = Encoder(), None
             coder.put(out, latent, before)
@@ -288,7 +369,7 @@ class SEM(Sized, SectionedCodec, nn.Module):
             given = "the shipped ones" if weights is None else str(weights)
             raise InputError(f"the file was made with other weights ({config['weights'][:16]}) than {given} "
                              f"({digest(network)}); give --weights those that it was made with")  # fmt: skip
-        if config["tables"] != tables_digest():
+        if config["tables"] != tables_digest(network.config.official):
             raise InputError("the file was made where the tables of the entropy coder are others; "
                              "it decodes with the version of frameloom and of scipy that made it")  # fmt: skip
         if not 1 <= config["rate"] <= len(network.config.weights):
@@ -318,6 +399,61 @@ class SEM(Sized, SectionedCodec, nn.Module):
                                      "machine's arithmetic differs from that of the one that made it")  # fmt: skip
                 position += 1
             yield latent
+
+
+class Kept:
+    """What is done of an encode, beside the file to be: whole files at some rates, whole groups of the one under way.
+
+    It holds for one set of weights; what others left is let go.
+    """
+
+    def __init__(self, state: State | None, weights: str) -> None:
+        self.state, self.written = state, time.monotonic()
+        if state is not None and self._get("weights") != weights.encode():
+            state.more.clear()
+            self._put("weights", weights.encode())
+
+    def once(self, name: str, make: Callable[[], bytes]) -> bytes:
+        """What `make` makes, or made before the call was stopped."""
+        found = self._get(name)
+        if found is None:
+            found = make()
+            self._put(name, found)
+        return found
+
+    def groups(self, rate: float) -> tuple[bytearray, bytearray, list[list[int]]]:
+        """The stream, the checksums and the numbers of frames and bytes of the groups that are whole."""
+        if self._get("under way") != repr(rate).encode():
+            return bytearray(), bytearray(), []
+        stream, checks, numbers = (self._get(name) for name in ("stream", "checks", "index"))
+        index = np.frombuffer(numbers, "<i8").reshape(-1, 2)
+        return bytearray(stream), bytearray(checks), index.tolist()
+
+    def keep(self, rate: float, stream: bytearray, checks: bytearray, groups: list[list[int]]) -> None:
+        """Remember whole groups; they are written now and then."""
+        index = np.array(groups, "<i8").tobytes()
+        for name, data in {
+            "under way": repr(rate).encode(),
+            "stream": stream,
+            "checks": checks,
+            "index": index,
+        }.items():
+            self._put(name, data)
+        if time.monotonic() - self.written > KEEP_EVERY:
+            self.write()
+
+    def write(self) -> None:
+        if self.state is not None:
+            self.state.keep(0, 0, 0.0, nn.Module(), [])
+            self.written = time.monotonic()
+
+    def _get(self, name: str) -> bytes | None:
+        found = None if self.state is None else self.state.more.get(name)
+        return None if found is None else found.numpy().tobytes()
+
+    def _put(self, name: str, data: bytes | bytearray) -> None:
+        if self.state is not None:
+            self.state.more[name] = torch.from_numpy(np.frombuffer(data, np.uint8).copy())
 
 
 def check_settings(points: int, rate: Any, gop: Any, **switches: Any) -> None:

@@ -11,6 +11,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from frameloom.bitstream.entropy import Gaussians, get_values, put_values
+from frameloom.bitstream.laplace import Laplaces
 from frameloom.bitstream.rangecoder import Decoder, Encoder
 from frameloom.tasks.compression.sem_network import HYPER_STRIDE, REACH, EntropyModel, priced, wavefronts
 
@@ -23,14 +24,14 @@ Exchange = Callable[[Float[Tensor, "n c"], Float[Tensor, "n c"], tuple[Tensor, T
 
 
 @cache
-def _gaussians() -> Gaussians:
-    return Gaussians()
+def _densities(official: bool) -> Gaussians:
+    return Laplaces() if official else Gaussians()
 
 
 @cache
-def tables_digest() -> int:
+def tables_digest(official: bool = False) -> int:
     """What both sides must agree on besides the weights."""
-    return _gaussians().digest()
+    return _densities(official).digest()
 
 
 def checksum(latent: Float[Tensor, "1 c h w"]) -> bytes:
@@ -52,7 +53,8 @@ class LatentCoder:
                        ((False, intra), (True, inter))}  # fmt: skip
         self.priors = {known: model.prior.tables(-PRIOR_REACH, PRIOR_REACH) for known, model in self.models.items()}
         self.difference, self.spatial, self.temporal = difference, spatial, temporal
-        self.channels = intra.spatial.in_channels
+        self.channels, self.above = intra.spatial.in_channels, intra.spatial.above
+        self.densities = _densities(intra.official)
 
     @torch.inference_mode()
     def put(self, coder: Encoder, latent: Float[Tensor, "1 c h w"], before: Float[Tensor, "1 c h w"] | None) -> None:
@@ -65,7 +67,7 @@ class LatentCoder:
 
         def write(means: Tensor, scales: Tensor, at: tuple[Tensor, Tensor]) -> Tensor:
             values = coded[:, *at].T
-            _gaussians().put(coder, values.flatten().long(), means.flatten(), scales.flatten())
+            self.densities.put(coder, values.flatten().long(), means.flatten(), scales.flatten())
             return values
 
         self._walk(model, z, before, coded.shape[1:], write)
@@ -82,7 +84,7 @@ class LatentCoder:
         z = torch.from_numpy(z).double().view(1, -1, *side)
 
         def read(means: Tensor, scales: Tensor, at: tuple[Tensor, Tensor]) -> Tensor:
-            return _gaussians().get(coder, means.flatten(), scales.flatten()).double().view(means.shape)
+            return self.densities.get(coder, means.flatten(), scales.flatten()).double().view(means.shape)
 
         coded = self._walk(model, z, before, (rows, columns), read)[None]
         return (coded + before if before is not None and self.difference else coded).float()
@@ -113,7 +115,7 @@ class LatentCoder:
         rows, columns = size
         context = model.context(z, before, self.temporal)[0].permute(1, 2, 0)
         padded = torch.zeros(self.channels, rows + 2 * REACH, columns + 2 * REACH, dtype=torch.float64)
-        values = padded[:, REACH : REACH + rows, REACH : REACH + columns]
+        values = padded[:, self.above : self.above + rows, REACH : REACH + columns]
         windows = padded.unfold(1, 2 * REACH + 1, 1).unfold(2, 2 * REACH + 1, 1)
         if self.spatial:
             groups = wavefronts(rows, columns)
@@ -125,6 +127,6 @@ class LatentCoder:
                 features = model.spatial.at(windows[:, *at].transpose(0, 1))
             else:
                 features = blank.expand(len(at[0]), -1)
-            means, scales = model.gaussians(features, context[at])
+            means, scales = model.densities(features, context[at])
             values[:, *at] = exchange(means, scales, at).T
         return values.clone()
