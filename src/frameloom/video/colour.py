@@ -68,7 +68,7 @@ class Colour:
     @staticmethod
     def of(frame: av.VideoFrame, siting: str = "left") -> "Colour":
         """What a decoded frame says of itself; an unsaid matrix follows the picture's size, as players do, and
-        chroma sits at `siting` where it does not say."""
+        chroma sits at `siting` where it does not say. Looks at its side data must come before."""
         layout = layout_of(frame.format.name)
         primaries, transfer = int(frame.color_primaries), int(frame.color_trc)
         if layout.model != "yuv" or layout.across == layout.down == 1:

@@ -132,13 +132,15 @@ def _keep_hdr(options: dict[str, str], codec: str, hdr: Hdr) -> None:
     """HDR10's static metadata in the words of the encoders that have words for it."""
     light = hdr.light and f"{hdr.light[0]},{hdr.light[1]}"
     if codec == "h265":
+        screen = hdr.screen(50_000, 10_000)
         parts = [options["x265-params"], "hdr10=1", "repeat-headers=1"]
-        parts += [f"master-display={screen}"] * bool(screen := hdr.screen(50_000, 10_000))
-        parts += [f"max-cll={light}"] * bool(light)
+        parts += [f"master-display={screen}"] if screen else []
+        parts += [f"max-cll={light}"] if light else []
         options["x265-params"] = ":".join(parts)
     elif codec == "av1":
-        parts = [f"mastering-display={screen}"] * bool(screen := hdr.screen(1, 1))
-        parts += [f"content-light={light}"] * bool(light)
+        screen = hdr.screen(1, 1)
+        parts = [f"mastering-display={screen}"] if screen else []
+        parts += [f"content-light={light}"] if light else []
         options["svtav1-params"] = ":".join(parts)
     else:
         log.warning(

@@ -75,7 +75,8 @@ class FileSource(Source):
             self._check_fields(first)
             self._interlaced = bool(first.interlaced_frame)
             try:
-                orientation = of_video(first)
+                # Side data first: PyAV keeps pointers to it that a frame made writable leaves behind.
+                orientation, hdr = of_video(first), Hdr.of(first)
                 colour = Colour.of(first)
                 Frame(Fraction(0), colour, first).rgb  # noqa: B018  (an unusable layout should fail here, not midway)
             except (InputError, ValueError, av.error.FFmpegError) as error:
@@ -91,7 +92,7 @@ class FileSource(Source):
                 codec=chosen.codec_context.name,
                 orientation=orientation,
                 pixel_aspect=1 / aspect if orientation.swap else aspect,
-                hdr=Hdr.of(first),
+                hdr=hdr,
             )
             self._raw = first.width, first.height, first.format.name
             self._expected = self._announced(container, chosen)
