@@ -324,3 +324,24 @@ def test_the_ends_of_a_path_are_smoothed_like_its_middle():
     middle = np.convolve((pan + shake)[:, 0], kernel(6.0), "valid")
     assert smooth(pan + shake, 6.0)[18:42, 0] == pytest.approx(middle)
     assert smooth(pan[:1], 8.0) == pytest.approx(pan[:1])
+
+
+@pytest.mark.parametrize("method", ["fast-stab", "similarity"])
+@pytest.mark.parametrize("upright", [False, True])
+def test_black_bars_stand_still_while_the_picture_inside_them_is_steadied(method, upright, caplog):
+    rng = np.random.default_rng(0)
+    large = cv2.resize(rng.random((20, 26, 3)).astype(np.float32), (96, 80), interpolation=cv2.INTER_CUBIC)
+    shakes = rng.integers(0, 7, (14, 2))
+    inner = np.stack([large[y : y + 48, x : x + 64].clip(0.15, 1) for x, y in shakes])
+    framed = np.full((14, 96 if upright else 48, 64 if upright else 112, 3), 0.01, np.float32)
+    rows, columns = (slice(24, 72), slice(0, 64)) if upright else (slice(0, 48), slice(24, 88))
+    framed[:, rows, columns] = inner
+    clip = Clip.from_tensor(torch.from_numpy(framed).permute(0, 3, 1, 2), 25)
+    steady = stabilize(clip, method=method, smoothness=1.0)
+    assert "black bars around 64x48 pixels" in caplog.text
+    made, given = steady.tensor(), clip.tensor()
+    bars = torch.ones(made.shape[2:], dtype=torch.bool)
+    bars[rows, columns] = False
+    assert torch.equal(made[..., bars], given[..., bars])
+    assert not torch.equal(made, given)
+    assert next(steady.frames(5)).rgb.equal(made[5])

@@ -23,6 +23,7 @@ from frameloom.motion.cuts import change
 from frameloom.motion.dis import dis_flow, grey_pixels
 from frameloom.motion.similarity import shift_of
 from frameloom.progress import Progress, silent
+from frameloom.tasks.stabilization.bars import InsideBars, picture_in_bars
 from frameloom.training.pretrained import digest, load
 from frameloom.video.clip import Clip, Frame, Source
 
@@ -85,7 +86,8 @@ def stabilize(
     weights: str | None = None,
     device: str = "cpu",
 ) -> Clip:
-    """The same video from a steady hand, lazily: the frames, their times, their size and the sound stay.
+    """The same video from a steady hand, lazily: the frames, their times, their size and the sound stay, and black bars
+    around the picture (a few frames are looked at to find them).
 
     Args:
         method: a method of this task, or `"auto"`.
@@ -114,7 +116,17 @@ def stabilize(
         return clip
     flows = getattr(getattr(made, "flow", None), "__qualname__", type(getattr(made, "flow", None)).__name__)
     label = f"stabilize {name} {smoothness:g} {flows} {digest(made)} {device}"
-    return Clip(StabilizedSource(clip.source, made, smoothness, label, device))
+
+    def steadied(source: Source) -> StabilizedSource:
+        return StabilizedSource(source, made, smoothness, label, device)
+
+    box = picture_in_bars(clip)
+    if box is None:
+        return Clip(steadied(clip.source))
+    rows, columns = box
+    log.warning("%s: the black bars around %dx%d pixels of picture stay where they are", clip.info.name,
+                columns.stop - columns.start, rows.stop - rows.start)  # fmt: skip
+    return Clip(InsideBars(clip.source, box, steadied))
 
 
 @dataclass
