@@ -10,6 +10,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from scipy.special import ndtr
 
 import seeded
 from frameloom.bitstream import entropy
@@ -71,6 +72,39 @@ def test_gaussian_bits_have_gradients_far_from_the_mean_on_both_sides():
     torch.testing.assert_close(bits[0], bits[1])
     assert values.grad[1] > 1
     torch.testing.assert_close(values.grad[0], -values.grad[1])
+
+
+@pytest.mark.parametrize("scale", [0.11, 1.0, 30.0])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+def test_gaussian_bits_and_their_gradients_are_right_far_out_in_the_tails(scale, dtype):
+    """Against double precision, out to where the bits are bounded: 9 deviations, and the half integer."""
+    exact = torch.float64 if dtype == torch.float64 else torch.float32
+    values = torch.tensor([-9.0, -8, -7, -6, -4, -1, 0, 0.25, 2, 5, 6, 7, 8, 9]).mul(scale).to(dtype)
+    scales = torch.full((len(values),), scale, dtype=exact, requires_grad=True)
+    bits = gaussian_bits(values, torch.zeros((), dtype=dtype), scales)
+    bits.sum().backward()
+    distance = np.abs(values.double().numpy())
+    upper, lower = ((half - distance) / float(scales.detach()[0]) for half in (0.5, -0.5))
+    chance = ndtr(upper) - ndtr(lower)
+    slope = (np.exp(-(upper**2) / 2) * upper - np.exp(-(lower**2) / 2) * lower) / np.sqrt(2 * np.pi) / scale
+    # The bound is a probability of 2^-64 more.
+    np.testing.assert_allclose(bits.detach().double(), -np.log2(chance + 2.0**-64), rtol=1e-4, atol=1e-4)
+    wanted = slope / (chance + 2.0**-64) / np.log(2)
+    np.testing.assert_allclose(scales.grad.double(), wanted, rtol=2e-3 if exact == torch.float32 else 1e-6, atol=2e-3)
+
+
+def test_gaussian_bits_stay_finite_and_bounded_however_far_the_value():
+    values = torch.tensor([[0.0], [0.5], [1e3], [1e20], [3e38]], requires_grad=True)
+    scales = torch.tensor([1e-6, 0.1, 1.0, 256.0], requires_grad=True)
+    bits = gaussian_bits(values, torch.zeros(1), scales)
+    bits.sum().backward()
+    assert ((bits >= -1e-6) & (bits < 64.01)).all()
+    assert torch.isfinite(values.grad).all()
+    assert torch.isfinite(scales.grad).all()
+
+
+def test_the_tables_of_files_never_change():
+    assert GAUSSIANS.digest() == 179292989
 
 
 def test_gaussian_tables_sum_to_their_total_and_leave_nothing_out():

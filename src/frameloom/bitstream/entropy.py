@@ -9,6 +9,7 @@ J. Ballé, D. Minnen, S. Singh, S. J. Hwang, N. Johnston, Variational image comp
 image compression, NeurIPS 2018, arXiv 1809.02736.
 """
 
+import math
 import zlib
 from collections.abc import Iterator
 
@@ -25,6 +26,7 @@ from frameloom.errors import InputError
 SCALES = np.exp(np.linspace(np.log(0.11), np.log(256.0), 64))
 _FRACTION_BITS = 4
 FRACTIONS = 1 << _FRACTION_BITS  # means are kept to a sixteenth, so that the last bit of a float rarely moves a table
+_FARTHEST = 1000.0  # standard deviations
 _TAIL = 4.5  # standard deviations that a table covers to each side
 _ROWS = 1 << 22  # frequencies that the values between two runs of escapes have in their tables, at most
 # An escaped value is written in base 16, each digit with a mark of whether another follows.
@@ -54,13 +56,20 @@ def noisy(x: Float[Tensor, "..."]) -> Float[Tensor, "..."]:
 
 
 def gaussian_bits(
-    values: Float[Tensor, "..."], mean: Float[Tensor, "..."], scale: Float[Tensor, "..."], floor: float = 1e-9
+    values: Float[Tensor, "..."], mean: Float[Tensor, "..."], scale: Float[Tensor, "..."], floor: float = 2.0**-64
 ) -> Float[Tensor, "..."]:
-    """Bits of each value under N(mean, scale^2) integrated over one integer; differentiable. `floor` bounds them."""
-    # By symmetry both ends are taken on the side where the distribution function does not saturate at 1.
-    distance = (values - mean).abs()
-    upper, lower = (0.5 - distance) / scale, (-0.5 - distance) / scale
-    return -torch.log2(torch.special.ndtr(upper) - torch.special.ndtr(lower) + floor)
+    """Bits of each value under N(mean, scale^2) integrated over one integer; differentiable, in float32 at least.
+
+    `floor` is added to the probability and so bounds the bits: by default at what the longest escape takes.
+    """
+    # By symmetry both ends are taken on the side where the distribution function does not saturate at 1, and as
+    # logarithms, since in float32 the function itself is 0 from 6 deviations on.
+    distance = (values - mean).abs().to(torch.promote_types(values.dtype, torch.float32))
+    # Logarithms, too, leave what a float holds; by then the floor alone counts.
+    distance = torch.minimum(distance, _FARTHEST * scale + 0.5)
+    upper, lower = (torch.special.log_ndtr((half - distance) / scale) for half in (0.5, -0.5))
+    inside = upper + torch.log(-torch.expm1(lower - upper))
+    return -torch.logaddexp(inside, torch.full_like(inside, floor).log()) / math.log(2)
 
 
 def gaussian_table(mean: float, scale: float, low: int, high: int) -> Integer[np.ndarray, "k"]:
