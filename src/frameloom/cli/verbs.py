@@ -314,9 +314,11 @@ def inspect(
         terminal.emit(found)
         return
     if "needs" in found:
-        print(f"{input}  {found['method']}  {found['parameters']:,} parameters, strides "
-              f"{','.join(map(str, found['strides']))}, channels {','.join(map(str, found['channels']))}; "
-              f"needs {found['needs']}: frameloom compress VIDEO OUT.flm --method {found['method']} --weights {input}")
+        print(
+            f"{input}  {found['method']}  {found['parameters']:,} parameters, strides "
+            f"{','.join(map(str, found['strides']))}, channels {','.join(map(str, found['channels']))}; "
+            f"needs {found['needs']}: frameloom compress VIDEO OUT.flm --method {found['method']} --weights {input}"
+        )
         return
     size = f"{found['width']}x{found['height']}"
     print(f"{input}  {found['method']}  {size}  {found['frames']} frames at {found['rate']} a second")

@@ -122,7 +122,8 @@ def compress(
         from frameloom.tasks.compression.segments import Segments
 
         data = Segments.encode(codec, clip, cut, **{"state": None} | given)
-    check_readable(data, str(path), given.get("weights"))
+    needed = "weights" in introspection.signature(codec.decode).parameters
+    check_readable(data, str(path), given.get("weights") if needed else None)
     write_whole(path, data)
     if state is not None:
         state.forget()

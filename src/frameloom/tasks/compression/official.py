@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from frameloom.bitstream.container import Header
 from frameloom.bitstream.quantise import LEVELS, Quantised, side_shape
@@ -68,7 +68,8 @@ class Official:
     def with_clip(self, clip: Clip, fit: str | None = None, progress: Progress = silent) -> "tuple[Fitted, Header]":
         """The network, whose embeddings are made of the clip if they are not there, and what the clip says of itself.
 
-        `fit` is "crop" where the network draws the middle of the frames. InputError for a clip of another size or length.
+        `fit` is "crop" where the network draws the middle of the frames.
+        Raises InputError for a clip of another size or length.
         """
         if fit not in (None, "pad", "crop"):
             raise InputError(f"--fit {fit}: frames are fitted by pad or crop")
@@ -217,8 +218,8 @@ class Official:
                                      f"{tuple(shapes[name])}")  # fmt: skip
                 state[name] = value
         known = {f"{theirs}.{kind}" for theirs in names.values() for kind in ("weight", "bias")}
-        strange = [key for key, value in self.tables.items()
-                   if key not in known and not key.startswith("encoder.") and not isinstance(value, Placeholder)]  # fmt: skip
+        strange = [key for key, value in self.tables.items() if key not in known
+                   and not key.startswith("encoder.") and not isinstance(value, Placeholder)]  # fmt: skip
         if strange:
             raise InputError(f"{self.path}: not a checkpoint of {self.method.method}: it has an unknown "
                              f"{shown(min(strange))}")  # fmt: skip
@@ -247,11 +248,10 @@ class Official:
         except RuntimeError as error:
             reason = " ".join(str(error).split())[:120]
             raise InputError(f"{self.path}: its encoder is not as published ({reason})") from None
+        height, width = network.config.height, network.config.width
         for number, frame in enumerate(clip):
-            picture = frame.rgb
-            top, left = (max(0, (have - draws) // 2) for have, draws in
-                         zip(picture.shape[-2:], (network.config.height, network.config.width), strict=True))  # fmt: skip
-            picture = picture[None, :, top : top + network.config.height, left : left + network.config.width]
+            top, left = (max(0, frame.rgb.shape[-2] - height) // 2, max(0, frame.rgb.shape[-1] - width) // 2)
+            picture = frame.rgb[None, :, top : top + height, left : left + width]
             network.embeddings[number] = learner.encoded((picture * 255).round() / 255)[0]
             progress("embedding frames", number + 1, len(clip))
 
