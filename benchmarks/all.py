@@ -19,6 +19,7 @@ def main() -> None:
     run("startup")
     run("world")
     run("compression")
+    run("coding")
     run("fuzz", "--files", "700")
     run("generation")
     run("diffusion")

@@ -85,10 +85,10 @@ def test_another_kind_of_file_is_refused(data):
 def test_a_newer_format_is_refused_by_number():
     data = bytearray(sample())
     struct.pack_into("<H", data, 8, FORMAT + 1)
-    with pytest.raises(InputError, match=r"out\.flm: needs frameloom format 2; this reads 1"):
+    with pytest.raises(InputError, match=r"out\.flm: needs frameloom format 3; this reads 2"):
         parse(bytes(data), "out.flm")
     newer = Container(replace(HEADER, reader=FORMAT + 1), {}).to_bytes()
-    with pytest.raises(InputError, match="needs frameloom format 2; this reads 1"):
+    with pytest.raises(InputError, match="needs frameloom format 3; this reads 2"):
         parse(newer)
 
 

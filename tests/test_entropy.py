@@ -2,13 +2,18 @@
 
 import contextlib
 import random
+import zlib
 
+import constriction
 import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from scipy.special import ndtr
 
+import seeded
+from frameloom.bitstream import entropy
 from frameloom.bitstream.entropy import (
     SCALES,
     FactorisedPrior,
@@ -20,10 +25,12 @@ from frameloom.bitstream.entropy import (
     put_values,
     rounded,
 )
-from frameloom.bitstream.rangecoder import MAX_ALPHABET, TOTAL, Decoder, Encoder
+from frameloom.bitstream.rangecoder import MAX_ALPHABET, TOTAL, Decoder, Encoder, Tables, table_from_counts
 from frameloom.errors import InputError
 
 GAUSSIANS = Gaussians()
+# Bytes and CRC-32 of what the format's first reader reads; files hold such streams, so they never change.
+GOLDEN, GOLDEN_SPLIT = (712, 2118602891), (712, 70829172)
 
 
 def drawn(seed: int, count: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -67,6 +74,39 @@ def test_gaussian_bits_have_gradients_far_from_the_mean_on_both_sides():
     torch.testing.assert_close(values.grad[0], -values.grad[1])
 
 
+@pytest.mark.parametrize("scale", [0.11, 1.0, 30.0])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+def test_gaussian_bits_and_their_gradients_are_right_far_out_in_the_tails(scale, dtype):
+    """Against double precision, out to where the bits are bounded: 9 deviations, and the half integer."""
+    exact = torch.float64 if dtype == torch.float64 else torch.float32
+    values = torch.tensor([-9.0, -8, -7, -6, -4, -1, 0, 0.25, 2, 5, 6, 7, 8, 9]).mul(scale).to(dtype)
+    scales = torch.full((len(values),), scale, dtype=exact, requires_grad=True)
+    bits = gaussian_bits(values, torch.zeros((), dtype=dtype), scales)
+    bits.sum().backward()
+    distance = np.abs(values.double().numpy())
+    upper, lower = ((half - distance) / float(scales.detach()[0]) for half in (0.5, -0.5))
+    chance = ndtr(upper) - ndtr(lower)
+    slope = (np.exp(-(upper**2) / 2) * upper - np.exp(-(lower**2) / 2) * lower) / np.sqrt(2 * np.pi) / scale
+    # The bound is a probability of 2^-64 more.
+    np.testing.assert_allclose(bits.detach().double(), -np.log2(chance + 2.0**-64), rtol=1e-4, atol=1e-4)
+    wanted = slope / (chance + 2.0**-64) / np.log(2)
+    np.testing.assert_allclose(scales.grad.double(), wanted, rtol=2e-3 if exact == torch.float32 else 1e-6, atol=2e-3)
+
+
+def test_gaussian_bits_stay_finite_and_bounded_however_far_the_value():
+    values = torch.tensor([[0.0], [0.5], [1e3], [1e20], [3e38]], requires_grad=True)
+    scales = torch.tensor([1e-6, 0.1, 1.0, 256.0], requires_grad=True)
+    bits = gaussian_bits(values, torch.zeros(1), scales)
+    bits.sum().backward()
+    assert ((bits >= -1e-6) & (bits < 64.01)).all()
+    assert torch.isfinite(values.grad).all()
+    assert torch.isfinite(scales.grad).all()
+
+
+def test_the_tables_of_files_never_change():
+    assert GAUSSIANS.digest() == 179292989
+
+
 def test_gaussian_tables_sum_to_their_total_and_leave_nothing_out():
     for mean, scale, low, high in [(0.3, 0.11, -2, 3), (-7.9, 256.0, -1160, 1150), (500.0, 1.0, -3, 3)]:
         table = gaussian_table(mean, scale, low, high)
@@ -77,10 +117,68 @@ def test_gaussian_tables_sum_to_their_total_and_leave_nothing_out():
     np.testing.assert_allclose(wide[:-1], wide[:-1][::-1], atol=2)
 
 
+def as_format_1_says(values, means, scales) -> bytes:
+    """The same bytes by the plainest road: scale by scale, every table whole, by the coder's own classes."""
+    level = np.round(np.log(scales.clip(SCALES[0], SCALES[-1]) / SCALES[0]) / np.log(SCALES[1] / SCALES[0])).astype(int)
+    sixteenths = np.round(means * 16).astype(int)
+    coder, model = constriction.stream.queue.RangeEncoder(), constriction.stream.model.Categorical(perfect=False)
+    for scale in np.unique(level):
+        reach = int(np.ceil(4.5 * SCALES[scale])) + 1
+        size = 2 * reach + 3
+        every = np.flatnonzero(level == scale)
+        for start in range(0, len(every), max(1, entropy._ROWS // size)):
+            which = every[start : start + max(1, entropy._ROWS // size)]
+            rows = [gaussian_table(k % 16 / 16, SCALES[scale], -reach, reach + 1) for k in sixteenths[which]]
+            symbols = values[which] - (sixteenths[which] // 16 - reach)
+            outside = (symbols < 0) | (symbols > size - 2)
+            coder.encode(np.where(outside, size - 1, symbols).astype(np.int32), model, np.array(rows) / TOTAL)
+            for distance in symbols[outside].tolist():
+                number = 2 * distance if distance >= 0 else -2 * distance - 1
+                while True:
+                    coder.encode((number & 15) + 16 * (number > 15), constriction.stream.model.Uniform(32))
+                    number >>= 4
+                    if not number:
+                        break
+    return coder.get_compressed().astype("<u4").tobytes()
+
+
+@pytest.mark.parametrize("rows", [1 << 22, 2000])
+def test_the_bytes_are_those_of_the_format_whichever_way_the_coder_is_told(monkeypatch, rows):
+    monkeypatch.setattr(entropy, "_ROWS", rows)
+    count = 1200
+    means = 20 * seeded.uniform("means", count)
+    scales = np.exp(3.5 * seeded.uniform("scales", count) + 1)
+    values = np.round(means + 2.5 * scales * seeded.uniform("values", count)).astype(np.int64)
+    values[:300:15] += np.round(4000 * seeded.uniform("far", 20)).astype(np.int64)
+    coder = Encoder()
+    numbers = [torch.from_numpy(x) for x in (values, means, scales)]
+    GAUSSIANS.put(coder, *numbers)
+    data = coder.to_bytes()
+    assert data == as_format_1_says(values, means, scales)
+    assert (len(data), zlib.crc32(data)) == {1 << 22: GOLDEN, 2000: GOLDEN_SPLIT}[rows]
+    assert torch.equal(GAUSSIANS.get(Decoder(data), *numbers[1:]), numbers[0])
+
+
+@pytest.mark.parametrize("size", [2, 3, 5, 300])
+def test_a_symbol_is_coded_alike_by_its_table_and_by_its_place(size):
+    """At both ends of the range and with symbols of the least frequency."""
+    counts = np.zeros(size, np.int64)
+    counts[size // 2] = 1
+    for table in (table_from_counts(counts), table_from_counts(np.arange(1, size + 1) ** 2)):
+        symbols = np.arange(200) * 7 % size
+        one, other = Encoder(), Encoder()
+        one.put(symbols, table)
+        other.put_each(symbols, np.tile(table, (200, 1)))
+        assert one.to_bytes() == other.to_bytes()
+        for rows in (np.zeros(200, np.int64), np.zeros(5, np.int64)):
+            found = Decoder(one.to_bytes()).get_rows(Tables(table[None]), rows)
+            assert np.array_equal(found, symbols[: len(rows)])
+
+
 def test_the_digest_tells_one_set_of_tables_from_another():
     other = Gaussians()
     assert other.digest() == GAUSSIANS.digest()
-    other._tables[5][3, 2] += 1
+    other._tables[5].frequencies[3, 2] += 1
     assert other.digest() != GAUSSIANS.digest()
 
 

@@ -18,7 +18,7 @@ from frameloom.errors import InputError
 from frameloom.video.colour import BT601, BT709, BT2020, SITINGS, Colour
 
 MAGIC = b"\x89FLM\r\n\x1a\n"
-FORMAT = 1
+FORMAT = 2  # the highest that this reads; a file is written in the lowest that holds it
 _PREFIX = struct.Struct("<8sHII")
 
 MAX_HEADER = 1 << 20
@@ -33,7 +33,7 @@ class Header:
     """What every compressed video says of itself.
 
     `config` belongs to the method: plain JSON values, checked by the method itself. `reader` is the lowest
-    format version whose readers understand the sections.
+    format version whose readers understand the sections: 1, or 2 where side numbers of a quantiser are float32.
     """
 
     method: str
@@ -44,7 +44,7 @@ class Header:
     rate: Fraction
     colour: Colour
     pixel_aspect: Fraction = Fraction(1)
-    reader: int = FORMAT
+    reader: int = 1
 
 
 @dataclass(frozen=True)
@@ -73,7 +73,7 @@ class Container:
             del body["colour"]["siting"]
         body["sections"] = [[name, len(payload), zlib.crc32(payload)] for name, payload in self.sections.items()]
         text = json.dumps(body, separators=(",", ":")).encode()
-        prefix = _PREFIX.pack(MAGIC, FORMAT, len(text), zlib.crc32(text))
+        prefix = _PREFIX.pack(MAGIC, self.header.reader, len(text), zlib.crc32(text))
         return b"".join([prefix, text, *self.sections.values()])
 
 

@@ -3,7 +3,7 @@
 A tensor becomes symbols q in [0, levels) with x ~ low + scale * q. `low` and `scale` are single numbers, or vary
 over all axes but one; the choice with the least mean absolute error wins, among those whose pairs of side
 numbers are fewer than 2% of the tensor's own numbers. Side numbers are float16, and the search measures its
-error with exactly the float16 values that the file keeps.
+error with exactly the float16 values that the file keeps. Single pairs of published networks are float32 and stay so.
 """
 
 import math
@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from jaxtyping import Float16, UInt8
+from jaxtyping import Float, UInt8
 from torch import Tensor
 
 from frameloom.errors import InputError
@@ -20,7 +20,8 @@ from frameloom.errors import InputError
 SIDE_SHARE = 0.02
 LEVELS = 256  # the most, one byte
 _LARGEST = 32752.0  # half of what float16 holds, so that a range fits too
-WHOLE = 255  # the stored axis of a tensor that has one pair of side numbers
+# The stored axis of a tensor that has one pair of side numbers, in float16 and in float32.
+WHOLE, WHOLE_SINGLE = 255, 254
 
 
 @dataclass(frozen=True)
@@ -28,9 +29,14 @@ class Quantised:
     """Symbols in the tensor's own shape; `low` and `scale` broadcast. `axis` is None for one pair."""
 
     symbols: UInt8[Tensor, "..."]
-    low: Float16[Tensor, "..."]
-    scale: Float16[Tensor, "..."]
+    low: Float[Tensor, "..."]
+    scale: Float[Tensor, "..."]
     axis: int | None
+
+    @property
+    def single(self) -> bool:
+        """Whether the side numbers are float32."""
+        return self.low.dtype == torch.float32
 
     def values(self) -> Tensor:
         return self.low.float() + self.scale.float() * self.symbols.float()
@@ -76,31 +82,35 @@ def pack_sides(tensors: Sequence[Quantised]) -> bytes:
     """The axes and side numbers of several tensors as bytes."""
     parts = []
     for one in tensors:
-        parts.append(bytes([WHOLE if one.axis is None else one.axis]))
-        parts += [side.contiguous().numpy().astype("<f2").tobytes() for side in (one.low, one.scale)]
+        whole = WHOLE_SINGLE if one.single else WHOLE
+        parts.append(bytes([whole if one.axis is None else one.axis]))
+        kind = "<f4" if one.single else "<f2"
+        parts += [side.contiguous().numpy().astype(kind).tobytes() for side in (one.low, one.scale)]
     return b"".join(parts)
 
 
 def unpack_sides(
     data: bytes, shapes: Sequence[Sequence[int]]
-) -> list[tuple[int | None, Float16[Tensor, "..."], Float16[Tensor, "..."]]]:
+) -> list[tuple[int | None, Float[Tensor, "..."], Float[Tensor, "..."]]]:
     """(axis, low, scale) for tensors of the given shapes; InputError when the bytes do not fit them."""
     sides, start = [], 0
     for shape in shapes:
-        axis = None if data[start : start + 1] == bytes([WHOLE]) else int.from_bytes(data[start : start + 1])
+        axis = int.from_bytes(data[start : start + 1])
+        kind = np.dtype("<f4" if axis == WHOLE_SINGLE else "<f2")
+        axis = None if axis in (WHOLE, WHOLE_SINGLE) else axis
         if start >= len(data) or (axis is not None and axis >= len(shape)):
             raise InputError("the side numbers of the quantiser are damaged")
         start += 1
         shaped = side_shape(shape, axis)
-        size = 2 * math.prod(shaped)
+        size = kind.itemsize * math.prod(shaped)
         pair = []
         for _ in range(2):
             if start + size > len(data):
                 raise InputError("the side numbers of the quantiser are cut short")
-            values = np.frombuffer(data[start : start + size], "<f2")
+            values = np.frombuffer(data[start : start + size], kind)
             if not np.isfinite(values).all():
                 raise InputError("the side numbers of the quantiser are damaged")
-            pair.append(torch.from_numpy(values.astype(np.float16)).reshape(shaped))
+            pair.append(torch.from_numpy(values.astype(kind.newbyteorder("="))).reshape(shaped))
             start += size
         sides.append((axis, *pair))
     if start != len(data):

@@ -278,7 +278,7 @@ def compress(
 
 
 def decompress(
-    input: Annotated[Path, typer.Argument(help="a .flm file")],
+    input: Annotated[Path, typer.Argument(help="a .flm file, or a published quant_vid.pth of HNeRV")],
     output: options.Output,
     frames: Annotated[str | None, typer.Option(help="only these, in this order: 17, 10:40, 0,10:20")] = None,
     region: Annotated[str | None, typer.Option(help="only this part of every frame: x,y,width,height")] = None,
@@ -302,7 +302,7 @@ def decompress(
 
 
 def inspect(
-    input: Annotated[Path, typer.Argument(help="a .flm file")],
+    input: Annotated[Path, typer.Argument(help="a .flm file, or a published .pth of HNeRV")],
     json: options.Json = False,
 ) -> None:
     """Show what is in a .flm file: every section's bytes and bits per pixel."""
@@ -312,6 +312,13 @@ def inspect(
     found = verb(input)
     if json:
         terminal.emit(found)
+        return
+    if "needs" in found:
+        print(
+            f"{input}  {found['method']}  {found['parameters']:,} parameters, strides "
+            f"{','.join(map(str, found['strides']))}, channels {','.join(map(str, found['channels']))}; "
+            f"needs {found['needs']}: frameloom compress VIDEO OUT.flm --method {found['method']} --weights {input}"
+        )
         return
     size = f"{found['width']}x{found['height']}"
     print(f"{input}  {found['method']}  {size}  {found['frames']} frames at {found['rate']} a second")

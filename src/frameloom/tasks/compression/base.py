@@ -121,13 +121,15 @@ def compress(
         _log.warning("%s: its sound or subtitles are not stored; a .flm file holds pictures alone", clip.info.name)
     given |= {"size": size, "seed": seed, "device": device, "progress": progress}
     started = time.perf_counter()
-    cut = _segment(clip, method, segment)
+    cut = _segment(clip, method, segment, fitted="weights" in given)
     if cut is None:
         data = codec.encode(clip, **given)
     else:
         from frameloom.tasks.compression.segments import Segments
 
         data = Segments.encode(codec, clip, cut, **{"state": None} | given)
+    needed = "weights" in introspection.signature(codec.decode).parameters
+    check_readable(data, str(path), given.get("weights") if needed else None)
     write_whole(path, data)
     if state is not None:
         state.forget()
@@ -136,10 +138,34 @@ def compress(
     return Report(path, method, len(data), header.frames, rate, time.perf_counter() - started)
 
 
-def _segment(clip: Clip, method: str, segment: int | None) -> int | None:
-    """Frames of a segment, for methods that hold the whole clip; None to take it whole."""
+def check_readable(data: bytes, origin: str, weights: str | Path | None = None) -> None:
+    """That a finished file shows its first frame and its last, by the reader that anyone has; a word of failure if not.
+
+    The file is taken apart from its first byte, so a reader that is stricter than the writer is found out in any part
+    of it: the header, the index or the table of every section, the stream from its beginning and to its end. Frames
+    between are made by the same steps.
+
+    Raises InputError that names the file and says what could not be read.
+    """
+    try:
+        header = CompressedSource(data, origin).header
+        ends = CompressedSource(data, origin, sorted({0, header.frames - 1}), weights=weights)
+        for frame in ends.frames():
+            if frame.rgb.shape != (3, header.height, header.width) or not frame.rgb.isfinite().all():
+                raise InputError("a frame of another size, or of numbers that are not finite")
+    except InputError as error:
+        raise InputError(f"{origin}: not written, for it could not be read back ({error}); this is a fault of "
+                         "frameloom's, please report it with the clip") from None  # fmt: skip
+
+
+def _segment(clip: Clip, method: str, segment: int | None, fitted: bool) -> int | None:
+    """Frames of a segment, for methods that hold the whole clip; None to take it whole, as a fitted network is."""
     from frameloom.tasks.compression.segments import length
 
+    if fitted and not card(method).streams:
+        if segment is not None:
+            raise InputError("--segment: the network in --weights is fitted to the whole clip already")
+        return None
     if card(method).streams:
         if segment is not None:
             raise InputError(f"--segment: {method} never holds the whole clip and needs no segments")
@@ -194,6 +220,8 @@ def decompress(
 ) -> Clip:
     """The clip in a `.flm` file; each frame is decoded when it is asked for.
 
+    A published checkpoint of HNeRV that holds its video (`quant_vid.pth`) is one too, at 24 frames a second.
+
     `frames` picks frames by number, in any order; they are then shown at the file's own rate. `region` is x, y, width
     and height of a part of every frame. `weights` are those that a learned codec's file was made with, if not the
     shipped ones.
@@ -216,7 +244,13 @@ def decompress(
 
 
 def inspect(source: str | Path | bytes) -> dict[str, Any]:
-    """The header of a `.flm` file and every section's bytes and bits per pixel."""
+    """The header of a `.flm` file and every section's bytes and bits per pixel.
+
+    Of a published checkpoint of HNeRV: the same of the file that it makes, or, where that takes its video as well
+    (`needs`), what network it holds.
+    """
+    if (published := _published(source)) is not None and published.embeddings is None:
+        return published.describe()
     data, origin = _load(source)
     return codec_of(parse(data, origin).header, origin).inspect(data)
 
@@ -381,11 +415,22 @@ def unpack_times(container: Container) -> list[Fraction] | None:
     return times
 
 
+def _published(source: str | Path | bytes) -> Any:
+    """The authors' checkpoint in a file that is not of ours; None for all else."""
+    if isinstance(source, bytes) or Path(source).suffix not in (".pth", ".pt"):
+        return None
+    from frameloom.tasks.compression.hnerv import HNeRV
+    from frameloom.tasks.compression.official import Official
+
+    return Official(HNeRV, source)
+
+
 def _load(source: str | Path | bytes) -> tuple[bytes, str]:
     if isinstance(source, bytes):
         return source, "the data"
     try:
-        return Path(source).read_bytes(), str(source)
+        published = _published(source)
+        return Path(source).read_bytes() if published is None else published.as_file(), str(source)
     except OSError as error:
         raise InputError(f"{source}: {error.strerror or error}") from None
 

@@ -8,7 +8,8 @@ the network when its schedule ends before, and takes as few levels as the qualit
 import logging
 import math
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, replace
+from dataclasses import replace
+from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
@@ -16,7 +17,7 @@ from jaxtyping import Float, UInt8
 from torch import Tensor
 
 from frameloom.bitstream.container import Container, Header, parse, whole
-from frameloom.bitstream.quantise import LEVELS, quantise
+from frameloom.bitstream.quantise import LEVELS, Quantised, quantise
 from frameloom.errors import InputError
 from frameloom.metrics import psnr as measure_psnr
 from frameloom.progress import Progress, silent
@@ -55,6 +56,11 @@ class Fitted(SectionedCodec, Decoder):
     optimiser: ClassVar[type[torch.optim.Optimizer] | None] = None
     loss: ClassVar[str | Loss] = "l2"
 
+    def __init__(self, config: Config) -> None:
+        super().__init__(config)
+        # Tensors that came quantised, and go into a file as they came.
+        self.published: dict[str, Quantised] = {}
+
     @classmethod
     def encode(
         cls,
@@ -70,6 +76,7 @@ class Fitted(SectionedCodec, Decoder):
         base: str | None = None,
         strides: Sequence[int] | None = None,
         fit: str | None = None,
+        weights: str | Path | None = None,
         seed: int = 0,
         device: str = "cpu",
         state: State | None = None,
@@ -88,6 +95,7 @@ class Fitted(SectionedCodec, Decoder):
                 takes fewer steps.
             fit: frames that the strides do not divide are drawn larger and cut back ("pad"), or lose their edges
                 ("crop").
+            weights: a checkpoint of the authors', fitted to this clip already, which is written as it is.
 
         Raises InputError for what cannot be, and for a quality that was not reached (saying which was).
         """
@@ -95,6 +103,12 @@ class Fitted(SectionedCodec, Decoder):
             raise InputError(f"--set batch={batch}: a step has 1 frame or more")
         if learning_rate is not None and not (isinstance(learning_rate, float | int) and 0 < learning_rate < math.inf):
             raise InputError(f"--set learning_rate={learning_rate}: a rate is above 0, such as 0.001")
+        if weights is not None:
+            asked = {"size": size, "quality": psnr, "epochs": epochs, "minutes": minutes, "batch": batch, "loss": loss,
+                     "base": base, "strides": strides}  # fmt: skip
+            for name in (name for name, value in asked.items() if value is not None):
+                raise InputError(f"--{name}: the network in --weights is fitted already; only --fit goes with it")
+            return cls.of_published(clip, weights, fit, progress)
         pictures = load_pictures(clip)
         count, _, height, width = pictures.shape
         wanted = None if size is None else cls._parameters(size)
@@ -119,6 +133,13 @@ class Fitted(SectionedCodec, Decoder):
             _log.warning("%.2f dB with %s parameters; a larger network is tried", reached, f"{grand.parameters:,}")
             if state is not None:
                 state.restart(grown=torch.tensor(grown))
+
+    @classmethod
+    def of_published(cls, clip: Clip, path: str | Path, fit: str | None, progress: Progress) -> bytes:
+        """The file of a network that its authors' code fitted to the clip; InputError where there is no such reader."""
+        raise InputError(
+            f"--weights {path}: {cls.method} has no reader of published networks; without it one is fitted"
+        )
 
     @classmethod
     def _parameters(cls, size: int) -> int:
@@ -277,15 +298,18 @@ class Fitted(SectionedCodec, Decoder):
 
     def to_bytes(self, header: Header, more: dict[str, bytes] | None = None, levels: int = LEVELS) -> bytes:
         """The file, with weights of so many levels."""
-        header = replace(header, config={"network": asdict(self.config), "levels": levels})
+        header = replace(header, config={"network": self.config.to_header(), "levels": levels})
+        if any(one.single for one in self.published.values()):
+            header = replace(header, reader=2)
         return Container(header, self.pack(levels) | (more or {})).to_bytes()
 
     def pack(self, levels: int) -> dict[str, bytes]:
         """The sections of weights and embeddings, quantised between their least and greatest values."""
-        weights = [value for name, value in self.state_dict().items() if name != "embeddings"]
-        sections = pack_tensors("weights", weights, levels)
-        if not self.config.indexed:
-            sections |= pack_tensors("embeddings", [self.embeddings], EMBEDDING_LEVELS)
+        tensors = {name: self.published.get(name, value) for name, value in self.state_dict().items()}
+        embeddings = tensors.pop("embeddings", None)
+        sections = pack_tensors("weights", list(tensors.values()), levels)
+        if embeddings is not None:
+            sections |= pack_tensors("embeddings", [embeddings], EMBEDDING_LEVELS)
         return sections
 
     def as_stored(self, levels: int) -> dict[str, Tensor]:

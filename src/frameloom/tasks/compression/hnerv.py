@@ -16,16 +16,37 @@ arXiv 2304.02633. H. Chen et al., NeRV: Neural Representations for Videos, NeurI
 from pathlib import Path
 from typing import Any, ClassVar
 
-import torch
-from torch import Tensor
-
-from frameloom.errors import InputError
+from frameloom.progress import Progress
+from frameloom.tasks.compression.base import pack_times
 from frameloom.tasks.compression.fitted import Fitted
 from frameloom.tasks.compression.nerv import Config
-from frameloom.training.published import read
+from frameloom.tasks.compression.official import Official
+from frameloom.video.clip import Clip
 
 
-class HNeRV(Fitted):
+class Published(Fitted):
+    """A method whose authors' checkpoints can be put into a file."""
+
+    @classmethod
+    def of_published(cls, clip: Clip, path: str | Path, fit: str | None, progress: Progress) -> bytes:
+        """The file of a network that its authors' code fitted to the clip, whose embeddings are made here if the
+        checkpoint has none. `fit` says which part of a frame the network draws, where that is not all of it.
+
+        Raises InputError for another file, and for a clip of another size or length.
+        """
+        network, header = Official(cls, path).with_clip(clip, fit, progress)
+        return network.to_bytes(header, pack_times(clip))
+
+    @classmethod
+    def load_official(cls, path: str | Path) -> "Published":
+        """The network in a `quant_vid.pth` of the authors, of any size and length.
+
+        Raises InputError that names the first key or shape that is not as published.
+        """
+        return Official(cls, path).alone()
+
+
+class HNeRV(Published):
     """What a file holds: the decoder's weights and the embeddings, `(t, d, rows, columns)`."""
 
     method: ClassVar[str] = "hnerv"
@@ -38,31 +59,8 @@ class HNeRV(Fitted):
             return Config(height=64, width=128, frames=32, strides=(4, 2, 2, 2), channels=19, lowest=8, embedding=8)
         return Config(height=640, width=1280, frames=132, strides=(5, 4, 4, 2, 2), channels=68)
 
-    @classmethod
-    def load_official(cls, path: str | Path) -> "HNeRV":
-        """The network in a `quant_vid.pth` of the authors: 132 frames of 640x1280, 1.5 million parameters.
 
-        Raises InputError that names the first key or shape that is not as published.
-        """
-        stored = read(path)
-        if not (isinstance(stored, dict) and isinstance(stored.get("model"), dict)):
-            raise InputError(f"{path}: key 'model' is missing; the official file has 'embed' and 'model'")
-        with torch.device("meta"):
-            network = cls(cls.preset("paper"))
-        shapes = {name: value.shape for name, value in network.state_dict().items()}
-        state = {"embeddings": _official(stored.get("embed"), "embed", shapes["embeddings"], path)}
-        names = {"stem": "decoder.0.conv.downconv", "head": "head_layer"} | {
-            f"blocks.{k}.conv": f"decoder.{k + 1}.conv.upconv.0" for k in range(len(network.blocks))
-        }
-        for ours, theirs in names.items():
-            for kind in ("weight", "bias"):
-                key = f"{theirs}.{kind}"
-                state[f"{ours}.{kind}"] = _official(stored["model"].get(key), key, shapes[f"{ours}.{kind}"], path)
-        network.load_state_dict(state, assign=True)
-        return network.requires_grad_(False).eval()
-
-
-class NeRV(Fitted):
+class NeRV(Published):
     """The baseline: the frame's number, encoded by sines and cosines, in place of the embedding."""
 
     method: ClassVar[str] = "nerv"
@@ -76,18 +74,3 @@ class NeRV(Fitted):
                 height=64, width=128, frames=32, strides=(4, 2, 2, 2), channels=13, lowest=8, **cls.families["nerv"]
             )
         return Config(height=640, width=1280, frames=132, strides=(5, 4, 2, 2), channels=54, **cls.families["nerv"])
-
-
-def _official(entry: Any, key: str, shape: torch.Size, path: str | Path) -> Tensor:
-    """One tensor of the authors' file: low + scale * symbols."""
-    parts = [entry.get(part) for part in ("min", "scale", "quant")] if isinstance(entry, dict) else [None]
-    if not all(isinstance(part, Tensor) for part in parts):
-        raise InputError(f"{path}: key '{key}' is missing or is not a quantised tensor")
-    low, scale, symbols = parts
-    try:
-        value = low.float() + scale.float() * symbols.float()
-    except RuntimeError:
-        raise InputError(f"{path}: key '{key}' has side numbers that do not fit its symbols") from None
-    if value.shape != shape:
-        raise InputError(f"{path}: key '{key}' has shape {tuple(value.shape)}; it must be {tuple(shape)}")
-    return value

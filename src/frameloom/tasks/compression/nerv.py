@@ -10,7 +10,8 @@ H. Chen et al., NeRV: Neural Representations for Videos, NeurIPS 2021, arXiv 211
 """
 
 import math
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -36,6 +37,8 @@ class Config:
     channels before it, at least `lowest`; the first layer has `channels`. `indexed` is NeRV: no embeddings.
     `doubled` stages, from that one on, have a second block of stride 1; `sine` is the activation of every block
     (GELU otherwise); `time` are the widths of the two layers that embed the time, which then modulates every block.
+    `single` rounds the frequencies that encode a frame's number to float32, as the authors' code does: networks that it
+    fitted have learned to see those, and the highest turns through 10^7 radians.
     """
 
     height: int
@@ -51,6 +54,11 @@ class Config:
     doubled: int | None = None
     sine: bool = False
     time: tuple[int, int] | None = None
+    single: bool = False
+
+    def to_header(self) -> dict[str, Any]:
+        """What a file's header says of the network. What it does not say is so in all files that do not say it."""
+        return {name: value for name, value in asdict(self).items() if name != "single" or value}
 
     @property
     def grid(self) -> tuple[int, int]:
@@ -86,6 +94,7 @@ class Config:
         reduction, doubled = values.pop("reduction", None), values.pop("doubled", False)
         strides, kernels = values.pop("strides", None), values.pop("kernels", None)
         switches = {name: values.pop(name, None) for name in ("indexed", "sine")}
+        switches["single"] = values.pop("single", False)
         time = values.pop("time", False)
         numbers = {"height", "width", "frames", "channels", "lowest", "embedding"}
         lists = isinstance(strides, list) and isinstance(kernels, list) and len(kernels) == 2
@@ -176,11 +185,12 @@ def of_size(config: Config, size: int) -> Config:
     return min(widths, key=lambda one: abs(one.parameters - size))
 
 
-def encoded(index: Int[Tensor, "b"], frames: int) -> Float[Tensor, "b f 1 1"]:
-    """Sines, then cosines, of t pi 1.25^j for the time t = index / frames."""
+def encoded(index: Int[Tensor, "b"], frames: int, single: bool = False) -> Float[Tensor, "b f 1 1"]:
+    """Sines, then cosines, of t pi 1.25^j for the time t = index / frames; `single` rounds pi 1.25^j to float32."""
     # In double precision: the highest frequency turns through 10^7 radians.
-    time = index.double() / frames
-    angle = time[:, None] * math.pi * BASE ** torch.arange(FREQUENCIES, dtype=torch.float64, device=index.device)
+    time = index.double()[:, None] / frames
+    step = torch.arange(FREQUENCIES, dtype=torch.float32 if single else torch.float64, device=index.device)
+    angle = time * (BASE**step * math.pi) if single else time * math.pi * BASE**step
     return torch.cat([angle.sin(), angle.cos()], 1).float()[:, :, None, None]
 
 
@@ -253,13 +263,17 @@ class Decoder(nn.Module):
 
     def code(self, index: Int[Tensor, "b"]) -> Float[Tensor, "b d _ _"]:
         """What `draw` takes for the frames `index`."""
-        return encoded(index, self.config.frames) if self.config.indexed else self.embeddings[index]
+        return self.encoded(index) if self.config.indexed else self.embeddings[index]
+
+    def encoded(self, index: Int[Tensor, "b"]) -> Float[Tensor, "b f 1 1"]:
+        """The numbers of frames, as the network is told them."""
+        return encoded(index, self.config.frames, self.config.single)
 
     def draw(self, code: Float[Tensor, "b d _ _"], index: Int[Tensor, "b"]) -> Float[Tensor, "b 3 h w"]:
         """Pictures in [0, 1] from codes, and the numbers of the frames where the time counts."""
         time = None
         if self.config.time is not None:
-            time = encoded(index, self.config.frames)
+            time = self.encoded(index)
             for layer in self.time:
                 time = torch.sin(layer(time))
         x = self.stem(code)

@@ -12,9 +12,9 @@ from frameloom.bitstream.rangecoder import pack_symbols, unpack_symbols
 from frameloom.errors import InputError
 
 
-def pack_tensors(name: str, tensors: Sequence[Tensor], levels: int) -> dict[str, bytes]:
+def pack_tensors(name: str, tensors: Sequence[Tensor | Quantised], levels: int) -> dict[str, bytes]:
     """The sections `name`, one stream with one table of frequencies, and `name_sides`."""
-    quantised = [quantise(tensor, levels) for tensor in tensors]
+    quantised = [one if isinstance(one, Quantised) else quantise(one, levels) for one in tensors]
     symbols = torch.cat([one.symbols.flatten() for one in quantised]).numpy()
     return {name: pack_symbols(symbols, levels), f"{name}_sides": pack_sides(quantised)}
 
