@@ -225,7 +225,7 @@ class FileSource(Source):
         reached = start
         for number, native in itertools.chain(self._numbered(max(0, start - margin), stop + margin), [(-1, None)]):
             ready = [(number, native)]
-            if self.deinterlace:
+            if self.deinterlace and (weaver is not None or native is not None):
                 weaver = weaver or _Weaver(native)
                 ready = weaver.push(number, native)
             for index, picture in ready:
