@@ -22,7 +22,7 @@ from frameloom.video.colour import Colour
 from frameloom.video.demux import Clock, open_input, reason, steady
 from frameloom.video.extent import cut_short
 from frameloom.video.hdr import Hdr
-from frameloom.video.index import UNKNOWN, Index, Walk, build
+from frameloom.video.index import UNKNOWN, Index, Walk, build, stores_no_times
 from frameloom.video.orientation import of_video
 
 log = logging.getLogger("frameloom")
@@ -172,7 +172,7 @@ class FileSource(Source):
                 raise InputError(self._ends_early(len(walk.stamps)))
             counted = self.keep_readable or self._interlaced or clock.jumps > 0 or walk.doubtful(container, stream)
             stamps = [None if stamp == UNKNOWN else stamp for stamp in sorted(walk.stamps)]
-            guessed = walk.guessed(container, stream)
+            unshown = stores_no_times(container)
             tick = Fraction(stream.time_base)
             rates = (stream.average_rate, stream.guessed_rate, stream.base_rate)
             nominal = [Fraction(rate) for rate in rates if rate]
@@ -190,10 +190,8 @@ class FileSource(Source):
             )
         if not stamps:
             raise InputError(f"{self.path}: no frames")
-        decoded = walk.as_decoded(len(stamps)) if guessed else None
-        return build(
-            stamps, decoded, walk, tick, nominal, self._expected[1] if whole else None, seekable=not clock.jumps
-        )
+        header_end = self._expected[1] if whole else None
+        return build(stamps, walk, unshown, tick, nominal, header_end, seekable=not clock.jumps)
 
     def _ends_early(self, count: int, why: str = "") -> str:
         expected = self._expected[0] or round((self._expected[1] or 0) * self.info.rate)

@@ -20,6 +20,8 @@ from frameloom.video.times import RegularTimes, standard_rate
 # whole frames and fields (MPEG-2).
 _RAW = {"mpegvideo", "h264", "hevc", "m4v", "vc1", "obu"}
 _DECODED = {"vp8", "mpeg2video"}
+# Containers that store times of decoding alone; FFmpeg makes those of showing up.
+_UNSHOWN = {"avi", "asf"}
 
 
 @dataclass(frozen=True)
@@ -111,27 +113,28 @@ class Walk:
         context = stream.codec_context
         if not self.certain or len(np.unique(self.stamps)) < len(self.stamps) or context.name in _DECODED:
             return True
-        raw = bool(set(container.format.name.split(",")) & _RAW)
-        return (raw or self.guessed(container, stream)) and not context.codec.intra_only
-
-    def guessed(self, container: av.container.InputContainer, stream: av.VideoStream) -> bool:
-        """Whether the times of showing are FFmpeg's guess from those of decoding: the container stores no others, or
-        pictures wait for others and none is shown in another order."""
-        delayed = bool(stream.codec_context.has_b_frames) and not self.reordered and len(self.stamps) > 1
-        return delayed or bool(set(container.format.name.split(",")) & {"avi", "asf"})
+        # Pictures that wait for others, and none that is shown in another order: perhaps the container says no other.
+        waiting = bool(context.has_b_frames) and not self.reordered and len(self.stamps) > 1
+        kinds = set(container.format.name.split(","))
+        return (waiting or bool(kinds & (_RAW | _UNSHOWN))) and not context.codec.intra_only
 
     def as_decoded(self, count: int) -> list[int] | None:
         """The times of decoding, rising, if there is one for each of `count` pictures: the k-th one shown has the
-        k-th, where a container stores no others."""
+        k-th where a container stores no others."""
         if len(self.decoding) != count or UNKNOWN in self.decoding:
             return None
         return sorted(self.decoding)
 
 
+def stores_no_times(container: av.container.InputContainer) -> bool:
+    """Whether a container's times of showing are FFmpeg's guess."""
+    return bool(set(container.format.name.split(",")) & _UNSHOWN)
+
+
 def build(
     stamps: list[int | None],
-    decoded: list[int] | None,
     walk: Walk,
+    unshown: bool,
     tick: Fraction,
     nominal: list[Fraction],
     header_end: Fraction | None,
@@ -141,7 +144,7 @@ def build(
 
     Args:
         stamps: one for each picture; None where the file has none.
-        decoded: the rising times of decoding where those of showing were made from them; else None.
+        unshown: whether the container stores no times of showing.
         tick: in seconds; `nominal` the frame rates that the headers name, the most trustworthy first.
         header_end: when the stream ends on the file's clock, by a header that speaks of this stream; None if unknown.
         seekable: whether the stamps were read off a file whose clock goes on steadily.
@@ -155,6 +158,7 @@ def build(
         return Index(ticks, ticks, tick, rate, True, Fraction(len(stamps)) / rate, False)
     rising = all(early <= late for early, late in pairwise(known))
     found = np.array(sorted(known), np.int64)
+    decoded = walk.as_decoded(len(stamps)) if unshown or not rising else None
     shown = found if decoded is None else np.array(decoded, np.int64)
     rate, regular = standard_rate(shown - shown[0], tick, nominal)
     last = int(shown[-1]) * tick
