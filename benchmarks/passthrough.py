@@ -14,8 +14,9 @@ from statistics import median
 
 import av
 
+from frameloom.video.encoding import CODECS
 from frameloom.video.reader import read
-from frameloom.video.writer import CODECS, write
+from frameloom.video.writer import write
 
 
 def direct(source: Path, target: Path, codec: str) -> None:

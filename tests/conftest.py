@@ -10,8 +10,8 @@ from hypothesis import settings
 # Tests run side by side; one thread each, in the processes that they start too.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
-# The same examples on every run: a red test is a change of the code, not of the dice.
-settings.register_profile("repeatable", derandomize=True)
+# The same examples on every run, however busy the machine: a red test is a change of the code, not of the dice.
+settings.register_profile("repeatable", derandomize=True, deadline=None)
 settings.load_profile("repeatable")
 
 CLIPS = Path(os.environ.get("FRAMELOOM_CLIPS", Path(__file__).parents[1] / ".." / "shared" / "clips")).resolve()

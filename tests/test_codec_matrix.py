@@ -29,7 +29,7 @@ CLOSE = {"x264": 32, "x265": 32, "av1": 32, "sem": 22}
 FITS = {
     "hnerv": {"epochs": 1, "strides": (2, 2, 2), "fit": "pad"},
     "nerv": {"epochs": 1, "strides": (2, 2, 2), "fit": "pad"},
-    "boost-nerv": {"epochs": 12, "strides": (4, 2, 2), "fit": "pad"},
+    "boost-nerv": {"epochs": 3, "strides": (4, 2, 2), "fit": "pad"},
     "nirvana": {"iterations": 3, "later": 2, "hidden": 16},
     "sem": {"rate": 6},
 }

@@ -177,11 +177,12 @@ def test_more_than_may_wait_are_told_when_to_come_again(plain):
     with served(plain, slots=1, queue=2, pause=0.01) as (url, engine):
         answers = asyncio.run(crowd(url))
         refused = [answer for answer in answers if answer.status_code == 429]
-        assert len(refused) == 5
+        # A slot that is free may not be taken yet when the third comes: it then finds the queue full.
+        assert len(refused) in (5, 6)
         assert all(1 <= int(answer.headers["retry-after"]) <= 60 for answer in refused)
         assert {answer.status_code for answer in answers} == {200, 429}
         settle(engine)
-        assert engine.refused == 5
+        assert engine.refused == len(refused)
         assert httpx.post(f"{url}/v1/completions", json=asked, timeout=60.0).status_code == 200
 
 
@@ -341,9 +342,9 @@ def test_on_sigterm_an_answer_under_way_is_finished(folder):
         asked = {"prompt": "the cat", "max_tokens": 800, "stream": True}
         with httpx.stream("POST", url, json=asked, timeout=60.0) as answer:
             lines = answer.iter_lines()
-            next(lines)
+            first = next(lines)
             process.send_signal(signal.SIGTERM)
-            rest = list(lines)
+            rest = [first, *lines]
         assert "data: [DONE]" in rest
         assert events(rest)[-1]["choices"][0]["finish_reason"] == "length"
         assert process.wait(30) == 0

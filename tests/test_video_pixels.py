@@ -15,7 +15,7 @@ from frameloom.errors import InputError
 from frameloom.video.clip import Clip, Frame, Info, Source
 from frameloom.video.colour import SITINGS, Colour, as_native, native_from_rgb, rgb_from_native
 from frameloom.video.encoding import CODECS
-from frameloom.video.pixels import components, fill, layout_of, lossless_format, plain, repack
+from frameloom.video.pixels import components, fill, frame_of, layout_of, lossless_format, plain, repack
 from frameloom.video.reader import read
 from frameloom.video.writer import CONTAINERS, write
 from media import moving, tensor
@@ -125,6 +125,21 @@ def recorded(pix_fmt: str, **size) -> Clip:
 def made(clip: Clip) -> Clip:
     """The same pictures as a method hands them over: RGB, no recorded frame behind them."""
     return clip.map(lambda rgb: rgb.clone(), "made")
+
+
+@pytest.mark.parametrize("pix_fmt", [
+    "nv12", "nv21", "nv16", "nv24", "p010le", "p216le", "p412le", "uyvy422", "yuyv422", "yvyu422", "y210le", "y212le",
+    "xv36le", "vyu444", "bgr0", "bgr48le", "yuvj420p",
+])  # fmt: skip
+@pytest.mark.parametrize("size", [(8, 16), (7, 9), (1, 1)])
+def test_a_frame_is_put_together_as_it_is_taken_apart(pix_fmt, size):
+    height, width = size
+    layout = layout_of(pix_fmt)
+    rng = np.random.default_rng(0)
+    shapes = [(height, width)] + [(-(-height // layout.down), -(-width // layout.across))] * 2
+    values = [rng.integers(0, int(layout.top) + 1, shape).astype(layout.dtype) for shape in shapes]
+    for before, after in zip(values, components(frame_of(values, pix_fmt, height, width)), strict=True):
+        assert np.array_equal(before, after)
 
 
 def numbers(frame: av.VideoFrame) -> list[np.ndarray]:

@@ -18,7 +18,7 @@ def examine() -> dict[str, Any]:
     import frameloom
     from frameloom.cards import cards
     from frameloom.training.pretrained import load, shipped
-    from frameloom.video.writer import CODECS
+    from frameloom.video.encoding import CODECS
 
     rows: list[dict[str, Any]] = []
 

@@ -173,18 +173,29 @@ def components(frame: av.VideoFrame) -> list[np.ndarray]:
 
 
 def frame_of(values: list[np.ndarray], pix_fmt: str, height: int, width: int) -> av.VideoFrame:
-    """A frame of a planar or evenly packed format without alpha, from its components in the order of `components`."""
+    """A frame of any format without alpha from its components in the order of `components`."""
     layout = layout_of(pix_fmt)
     frame = av.VideoFrame(width, height, pix_fmt)
+    if pix_fmt.startswith(_HIGH):
+        values = [part << layout.dtype(16 - layout.depth) for part in values]
     if pix_fmt in _PACKED:
-        blank = np.zeros((height, width), layout.dtype)
-        parts = dict(zip("rgb" if layout.model == "rgb" else "yuv", values, strict=True))
-        fill(
-            frame.planes[0], np.stack([parts.get(letter, blank) for letter in _PACKED[pix_fmt]], -1).reshape(height, -1)
-        )
-        return frame
-    for plane, part in zip(frame.planes, values[1:] + values[:1] if layout.model == "rgb" else values, strict=True):
-        fill(plane, part)
+        order, groups = _PACKED[pix_fmt], -(-width // layout.across)
+        packed = np.zeros((height, groups, len(order)), layout.dtype)
+        for letter, part in zip("rgb" if layout.model == "rgb" else "yuv", values, strict=False):
+            places = [place for place, there in enumerate(order) if there == letter]
+            part = np.pad(part, ((0, 0), (0, groups * len(places) - part.shape[1])), mode="edge")
+            packed[..., places] = part.reshape(height, groups, len(places))
+        fill(frame.planes[0], packed.reshape(height, -1))
+    elif len(frame.planes) == 2 and layout.model == "yuv":  # semi-planar
+        pairs = values[2:0:-1] if pix_fmt in ("nv21", "nv42") else values[1:]
+        fill(frame.planes[0], values[0])
+        fill(frame.planes[1], np.stack(pairs, -1).reshape(pairs[0].shape[0], -1))
+    elif pix_fmt.replace("yuvj", "yuv") == layout.name:
+        for plane, part in zip(frame.planes, values[1:] + values[:1] if layout.model == "rgb" else values, strict=True):
+            fill(plane, part)
+    else:
+        frame = frame_of(values, layout.name, height, width)
+        frame = frame.reformat(format=pix_fmt, threads=1)
     return frame
 
 
