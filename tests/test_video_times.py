@@ -91,7 +91,7 @@ FILES = {
     "h264.mkv": ("libx264", X264),
     "h265.mkv": ("libx265", X265),
     "mpeg2.mkv": ("mpeg2video", B2),
-    "vp8.webm": ("libvpx", {"b": "2M", "g": "12", "auto-alt-ref": "1", "lag-in-frames": "16", "deadline": "good"}),
+    "vp8.webm": ("libvpx", {"b": "2M", "g": "12", "deadline": "realtime", "cpu-used": "8"}),
     "vp9.webm": ("libvpx-vp9", {"crf": "20", "b": "0", "g": "12", "auto-alt-ref": "1", "lag-in-frames": "16"}),
     "av1.mkv": ("libsvtav1", {"crf": "8", "preset": "8", "g": "12"}),
     "h264.ts": ("libx264", X264),
