@@ -282,12 +282,11 @@ def test_the_screen_and_light_of_hdr_are_kept_or_said(tmp_path, caplog):
 
 
 def test_alpha_of_webm_is_seen_and_refused_like_any_other(tmp_path):
-    for codec in ("libvpx-vp9", "libvpx"):
+    for codec in ("libvpx-vp9",):
         for opacity, message in ((255, None), (40, "transparency")):
             path = tmp_path / f"{codec}{opacity}.webm"
             with av.open(str(path), "w") as out:
-                fast = {"auto-alt-ref": "0", "deadline": "realtime", "cpu-used": "8"}
-                stream = out.add_stream(codec, rate=25, options=fast)
+                stream = out.add_stream(codec, rate=25, options={"auto-alt-ref": "0"})
                 stream.width, stream.height, stream.pix_fmt = 64, 48, "yuva420p"
                 stream.metadata["alpha_mode"] = "1"
                 for k, picture in enumerate(moving(3)):
