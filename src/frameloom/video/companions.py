@@ -184,19 +184,19 @@ def choose(span: Passthrough, encoding: Encoding, suffix: str) -> Cargo:
         lost, said = _missing(cargo, span, encoding, suffix)
     except (av.error.FFmpegError, OSError, ValueError):
         # Something cannot even be tried; find out what, one after the other.
-        lost, said = {}, []
+        lost, said = set(), []
         for index in (*cargo.streams, *cargo.covers, *cargo.attachments):
             try:
                 _missing(_only(cargo, {index}), span, encoding, suffix)
             except (av.error.FFmpegError, OSError, ValueError):
-                lost[index] = ""
-        rest, said = _missing(_only(cargo, set(_indices(cargo)) - set(lost)), span, encoding, suffix)
+                lost.add(index)
+        rest, said = _missing(_only(cargo, set(_indices(cargo)) - lost), span, encoding, suffix)
         lost |= rest
     with open_input(span.path) as source:
-        names = [_name(source.streams[index]) for index in lost]
+        names = [_name(source.streams[index]) for index in sorted(lost)]
     for what in sorted({*names, *said}):
         log.warning("%s cannot live in a %s file and is left out", what, suffix)
-    return _only(cargo, set(_indices(cargo)) - set(lost))
+    return _only(cargo, set(_indices(cargo)) - lost)
 
 
 def _indices(cargo: Cargo) -> tuple[int, ...]:
@@ -310,27 +310,27 @@ def _first_packets(source: av.container.InputContainer, copies: dict[int, av.str
             return
 
 
-def _missing(cargo: Cargo, span: Passthrough, encoding: Encoding, suffix: str) -> tuple[dict[int, str], list[str]]:
+def _missing(cargo: Cargo, span: Passthrough, encoding: Encoding, suffix: str) -> tuple[set[int], list[str]]:
     """Which streams of `cargo` a trial file does not give back, and what else it does not, in words."""
     file = io.BytesIO(trial(encoding, suffix, cargo, span))
     with open_input(span.path) as source, av.open(file) as back:
         found = [s for s in back.streams if s.type in ("audio", "subtitle")]
-        lost = {}
+        lost: set[int] = set()
         said = []
         if len(found) == len(cargo.streams):
             for index, new in zip(cargo.streams, found, strict=True):
                 old = source.streams[index]
                 heard = old.type != "audio" or _decodes(file, new.index) or not _decodes(span.path, index)
                 if not heard:
-                    lost[index] = ""
+                    lost.add(index)
                 flags = old.disposition & ~new.disposition & _FLAGS
                 said += [f"the flag {flag.name} of {_name(old)}" for flag in flags]
         else:
-            lost = dict.fromkeys(cargo.streams, "")
+            lost = set(cargo.streams)
         held = {s.metadata.get("filename") for s in back.streams.attachments}
-        lost |= {index: "" for index in cargo.attachments if source.streams[index].metadata.get("filename") not in held}
+        lost |= {index for index in cargo.attachments if source.streams[index].metadata.get("filename") not in held}
         if len([s for s in back.streams.video if _is_cover(s)]) < len(cargo.covers):
-            lost |= dict.fromkeys(cargo.covers, "")
+            lost |= set(cargo.covers)
         if len(back.chapters()) < len(cargo.chapters):
             said.append(f"chapters ({len(cargo.chapters)})")
         kept = {key.lower() for held in (back, *back.streams.video, *back.streams.data) for key in held.metadata}

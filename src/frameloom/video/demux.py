@@ -9,6 +9,8 @@ import av.format
 
 from frameloom.errors import InputError
 
+MAX_PIXELS = 16384 * 16384  # of a picture; more cannot be meant
+
 # Transport streams may start a new clock wherever they were joined. Forwards it takes ten seconds of nothing in all
 # streams to call it that (as FFmpeg does), backwards more than a frame.
 FORWARD, BACKWARD = Fraction(10), Fraction(1, 10)

@@ -19,7 +19,7 @@ import av
 from frameloom.errors import InputError
 from frameloom.video.clip import Frame, Info, Passthrough, Source
 from frameloom.video.colour import Colour
-from frameloom.video.demux import Clock, open_input, reason, steady
+from frameloom.video.demux import MAX_PIXELS, Clock, open_input, reason, steady
 from frameloom.video.extent import cut_short
 from frameloom.video.hdr import Hdr
 from frameloom.video.index import UNKNOWN, Index, Walk, build, stores_no_times
@@ -27,7 +27,6 @@ from frameloom.video.orientation import of_video
 
 log = logging.getLogger("frameloom")
 
-MAX_PIXELS = 16384 * 16384
 # Headers that speak of the one stream when they say how long it is; elsewhere that is a guess from the whole file.
 _OWN_DURATION = {"mov", "avi", "gif"}
 

@@ -15,14 +15,13 @@ import av
 from frameloom.errors import InputError
 from frameloom.video.clip import Frame, Info, Source
 from frameloom.video.colour import LINEAR, SRGB, Colour
-from frameloom.video.demux import open_input, reason
+from frameloom.video.demux import MAX_PIXELS, open_input, reason
 from frameloom.video.orientation import of_picture
 from frameloom.video.times import RegularTimes
 
 log = logging.getLogger("frameloom")
 
 IMAGES = {".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff", ".webp", ".ppm", ".pgm", ".exr", ".dpx", ".tga", ".jp2"}
-MAX_PIXELS = 16384 * 16384
 _PATTERN = re.compile(r"%(0(\d+))?d")
 
 
